@@ -1,0 +1,84 @@
+"""What a batch is, and the randomness that belongs to a sample.
+
+Every random number that touches a sample (crop, flip, mask, dropout, drop path) is a pure function of
+(seed, epoch, position in the epoch, purpose). No process's own generator is involved, so the numbers
+are the same on any number of workers and loader processes, on any device, and again after a resume.
+
+Letters: B samples, N numbers a sample, C channels, H W image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+GOLDEN = 0x9E3779B97F4A7C15  # the constants of splitmix64 (Steele et al., 2014)
+MIX_1 = 0xBF58476D1CE4E5B9
+MIX_2 = 0x94D049BB133111EB
+
+
+class View(NamedTuple):
+    """One augmented image that a method needs of every sample: its name and its side in pixels."""
+
+    name: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One worker's part of one micro-batch."""
+
+    views: list[Tensor]  # one per `View`, B C H W; uint8 from the loader, float after `to`
+    labels: Tensor  # B, int64; -1 where the sample has none
+    weight: Tensor  # B, float32; 0 for a slot that holds no real sample
+    seeds: Tensor  # B, int64; the sample's own randomness
+    keys: list[str]  # B, the names the samples have in their shards
+
+    def to(self, device: torch.device, mean: Tensor, std: Tensor) -> Batch:
+        """On the device, as floats normalised with `mean` and `std` (each C 1 1, of values in 0..1)."""
+        views = [v.to(device, non_blocking=True).float().div_(255).sub_(mean).div_(std) for v in self.views]
+        return replace(
+            self,
+            views=views,
+            labels=self.labels.to(device, non_blocking=True),
+            weight=self.weight.to(device, non_blocking=True),
+            seeds=self.seeds.to(device, non_blocking=True),
+        )
+
+
+def sample_seeds(seed: int, epoch: int, positions: np.ndarray) -> np.ndarray:
+    """Positions in the epoch's order (B, int) → each sample's own 64-bit seed (B, int64)."""
+    base = int.from_bytes(hashlib.sha256(f"{seed}/{epoch}".encode()).digest()[:8], "little")
+    with np.errstate(over="ignore"):
+        z = positions.astype(np.uint64) * np.uint64(GOLDEN) + np.uint64(base)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(MIX_1)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(MIX_2)
+        return (z ^ (z >> np.uint64(31))).astype(np.int64)
+
+
+def uniform(seeds: Tensor, purpose: str, n: int) -> Tensor:
+    """B, int64 → B N, float32 in [0, 1): the n numbers that each sample has for this purpose."""
+    base = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "little")
+    steps = torch.arange(1, n + 1, device=seeds.device) * _signed(GOLDEN)
+    z = _scramble(seeds ^ _signed(base))[:, None] + steps
+    return (_scramble(z) >> 40 & 0xFFFFFF).float() * 2.0**-24
+
+
+def _scramble(z: Tensor) -> Tensor:
+    z = (z ^ _shift(z, 30)) * _signed(MIX_1)
+    z = (z ^ _shift(z, 27)) * _signed(MIX_2)
+    return z ^ _shift(z, 31)
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """Shift right with zeros from the left, as for unsigned numbers."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value

@@ -1,0 +1,77 @@
+"""Who am I among how many, and on what device: decided here and nowhere else."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """One process's place in the group. `World()` is a single process without a group."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: device(0))
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum over all ranks; no gradient flows through it."""
+        if self.size == 1:
+            return value
+        total = value.detach().clone()
+        torch_dist.all_reduce(total)
+        return total
+
+    def gather(self, thing: Any) -> list[Any]:
+        """One plain Python object of every rank, by rank. For small things."""
+        if self.size == 1:
+            return [thing]
+        things: list[Any] = [None] * self.size
+        torch_dist.all_gather_object(things, thing)
+        return things
+
+    def from_first(self, thing: Any) -> Any:
+        """Rank 0's object on every rank."""
+        if self.size == 1:
+            return thing
+        box = [thing]
+        torch_dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            torch_dist.barrier()
+
+
+def device(local_rank: int) -> torch.device:
+    """The accelerator of this process, or the CPU."""
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def backend(where: torch.device) -> str:
+    """The collective library that serves a device."""
+    return "nccl" if where.type == "cuda" else "gloo"
+
+
+def world_of_group() -> World:
+    """The world of the process group that this process has joined (by Ray Train or torchrun)."""
+    if not torch_dist.is_initialized():
+        return World()
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    return World(torch_dist.get_rank(), torch_dist.get_world_size(), device(local))
+
+
+def half(where: torch.device, precision: str) -> bool:
+    """Whether matrix products run in bfloat16: `auto` means where the device is made for it."""
+    if precision == "auto":
+        return where.type == "cuda" and torch.cuda.is_bf16_supported()
+    return precision == "bf16"
