@@ -1,0 +1,117 @@
+"""The house keeps its shape: imports go down, each vendor enters by one door, files stay small."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# A file imports only from lower floors, or from its own folder. The longest matching path counts.
+FLOORS = {
+    "vitlab/config.py": 0,
+    "vitlab/dist.py": 0,
+    "vitlab/batch.py": 0,
+    "vitlab/face.py": 1,
+    "vitlab/tracking.py": 1,
+    "vitlab/home.py": 0,
+    "vitlab/data/": 2,
+    "vitlab/models/": 2,
+    "vitlab/methods/": 3,
+    "vitlab/engine/": 4,
+    "vitlab/evaluation/": 4,
+    "vitlab/cache.py": 5,
+    "vitlab/experiment.py": 5,
+    "vitlab/work.py": 6,
+    "vitlab/stages.py": 7,
+    "vitlab/tune.py": 8,
+    "vitlab/cli.py": 9,
+    "vitlab/__init__.py": 9,
+    "pipelines/": 10,
+}
+
+# The only files that may import a vendor. Ray's core belongs to the session, its libraries to their room.
+DOORS = {
+    "ray": {"vitlab/engine/launch.py", "vitlab/tune.py"},
+    "ray.train": {"vitlab/engine/launch.py"},
+    "ray.tune": {"vitlab/tune.py"},
+    "deepspeed": {"vitlab/engine/zero.py"},
+    "mlflow": {"vitlab/tracking.py"},
+    "webdataset": {"vitlab/data/tars.py"},
+    "datasets": {"vitlab/data/write.py"},
+}
+
+NEVER = {("vitlab/methods/", "vitlab/data/"), ("vitlab/evaluation/", "vitlab/engine/")}
+
+SOURCES = sorted(p.relative_to(ROOT).as_posix() for d in ("vitlab", "pipelines") for p in (ROOT / d).rglob("*.py"))
+
+
+def floor(path: str) -> int:
+    fits = [prefix for prefix in FLOORS if path == prefix or (prefix.endswith("/") and path.startswith(prefix))]
+    assert fits, f"{path} stands on no floor; give it one in tests/test_floors.py"
+    return FLOORS[max(fits, key=len)]
+
+
+def imports(path: str) -> list[str]:
+    names = []
+    for node in ast.walk(ast.parse((ROOT / path).read_text("utf8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: write imports in full"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def file_of(name: str) -> str | None:
+    """`vitlab.engine.loop.train` → `vitlab/engine/loop.py`."""
+    parts = name.split(".")
+    for n in range(len(parts), 0, -1):
+        base = "/".join(parts[:n])
+        for path in (f"{base}.py", f"{base}/__init__.py"):
+            if (ROOT / path).is_file():
+                return path
+    return None
+
+
+@pytest.mark.parametrize("path", SOURCES)
+def test_imports_go_down(path: str) -> None:
+    for name in imports(path):
+        target = file_of(name) if name.split(".")[0] in ("vitlab", "pipelines") else None
+        if target is None or target == path:
+            continue
+        same_folder = Path(target).parent == Path(path).parent and Path(path).parent.as_posix() != "vitlab"
+        down = floor(target) < floor(path)
+        assert down or same_folder, f"{path} (floor {floor(path)}) imports {target} (floor {floor(target)})"
+        assert not any(path.startswith(a) and target.startswith(b) for a, b in NEVER), f"{path} imports {target}"
+        assert not target.startswith("pipelines/"), f"{path} imports a pipeline"
+
+
+@pytest.mark.parametrize("path", SOURCES)
+def test_each_vendor_has_one_door(path: str) -> None:
+    for name in imports(path):
+        fits = [v for v in DOORS if name == v or name.startswith(v + ".")]
+        if fits:
+            vendor = max(fits, key=len)
+            assert path in DOORS[vendor], f"{path} imports {name}; only {sorted(DOORS[vendor])} may"
+
+
+@pytest.mark.parametrize("path", SOURCES)
+def test_sizes(path: str) -> None:
+    text = (ROOT / path).read_text("utf8")
+    assert text.count("\n") <= 350, f"{path} is longer than 350 lines"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 80, f"{path}: {node.name} is longer than 80 lines"
+            args = node.args
+            count = len(args.posonlyargs) + len(args.args) + len(args.kwonlyargs)
+            assert count - (args.args[:1] != [] and args.args[0].arg in ("self", "cls")) <= 8, f"{path}: {node.name}"
+
+
+def test_top_level() -> None:
+    folders = {p.name for p in ROOT.iterdir() if p.is_dir() and not p.name.startswith(".")}
+    allowed = {"pipelines", "vitlab", "cluster", "tests", "experiments", "docs"}
+    built = {"runs", "build", "dist", "vitlab.egg-info", "__pycache__"}
+    assert folders - built <= allowed

@@ -1,0 +1,68 @@
+"""AdamW (Loshchilov and Hutter, 2017), its parameter groups and its schedule.
+
+The schedule and the layer-wise decay are those of MAE's and BEiT's fine-tuning code: a linear warm-up
+from zero, then half a cosine, both evaluated at every step on the fraction of an epoch that is done;
+the rate of layer l of L is lr · layer_decay^(L - l).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from vitlab.config import Config
+from vitlab.methods.base import Method
+
+
+class OptimConfig(Config):
+    lr: float = Field(1e-3, gt=0)
+    min_lr: float = Field(0.0, ge=0)
+    warmup_epochs: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.05, ge=0)
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    betas: tuple[float, float] = Field((0.9, 0.999), strict=False)
+    eps: float = Field(1e-8, gt=0)
+    clip: float = Field(0.0, ge=0, description="largest norm of the gradient; 0 does not clip")
+
+
+def groups(method: Method, config: OptimConfig) -> list[dict[str, Any]]:
+    """Trainable parameters by (decayed or not, layer); vectors and the model's own list are not decayed."""
+    never = method.no_decay()
+    found: dict[tuple[bool, int], dict[str, Any]] = {}
+    last = max((method.layer_of(name) for name, p in method.named_parameters() if p.requires_grad), default=0)
+    for name, parameter in method.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decayed = parameter.ndim > 1 and name not in never
+        layer = method.layer_of(name) if config.layer_decay < 1 else last
+        group = {
+            "params": [],
+            "lr": 0.0,
+            "scale": config.layer_decay ** (last - layer),
+            "weight_decay": config.weight_decay if decayed else 0.0,
+        }
+        found.setdefault((decayed, layer), group)["params"].append(parameter)
+    return list(found.values())
+
+
+def adamw(method: Method, config: OptimConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        groups(method, config), lr=config.lr, betas=config.betas, eps=config.eps, fused=True
+    )
+
+
+def lr_at(config: OptimConfig, epoch: float, epochs: float) -> float:
+    """The rate before layer decay, `epoch` (a fraction too) into a training of `epochs`."""
+    if epoch < config.warmup_epochs:
+        return config.lr * epoch / config.warmup_epochs
+    rest = max(epochs - config.warmup_epochs, 1e-9)
+    cosine = 0.5 * (1 + math.cos(math.pi * (epoch - config.warmup_epochs) / rest))
+    return config.min_lr + (config.lr - config.min_lr) * cosine
+
+
+def set_lr(optimizer: Any, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["scale"]

@@ -1,0 +1,143 @@
+"""How parameters and optimizer states lie in memory, behind one face that the loop and checkpoints use.
+
+`Plain` is one process with ordinary PyTorch; `vitlab.engine.zero.Zero` is DeepSpeed. Both describe what
+they hold as `Piece`s of named tensors, so a checkpoint written by one is read by the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vitlab.batch import Batch
+from vitlab.engine.optim import OptimConfig, adamw
+from vitlab.methods.base import Losses, Method
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Piece(NamedTuple):
+    """A stretch of a flattened named tensor: `data` is elements start … start+len of `kind` of `name`.
+
+    Kinds: `weight` (the fp32 master), `exp_avg`, `exp_avg_sq`, `buffer`. `data` is a view: writing to it
+    changes the training state.
+    """
+
+    name: str
+    kind: str
+    start: int
+    data: Tensor
+
+
+class Strategy(Protocol):
+    optimizer: Any  # has `param_groups`
+
+    def forward(self, batch: Batch, **options: Any) -> Any:
+        """Calls the method; the only way in, because ZeRO-3 gathers parameters inside it."""
+
+    def train(self, mode: bool) -> None: ...
+
+    def backward(self, losses: Losses, weight: Tensor) -> None:
+        """Adds the gradient of `losses.loss` / `weight`, where `weight` is that of the global batch."""
+
+    def step(self) -> Tensor | float | None:
+        """Clips, steps, clears; the gradient's norm before clipping if it is known."""
+
+    def average(self, target: nn.Module, source: nn.Module, momentum: float) -> None:
+        """target ← momentum·target + (1-momentum)·source, in fp32, on the shards that are here."""
+
+    def own(self) -> Iterator[Piece]:
+        """What this rank saves; together the ranks' pieces are the whole state, each part once."""
+
+    def copies(self) -> Iterator[Piece]:
+        """What this rank must fill when a checkpoint is loaded: its part, and every copy of weights."""
+
+    def set_steps(self, steps: int) -> None:
+        """Prepares optimizer states as after `steps` steps, to be filled through `copies`."""
+
+    def state(self, module: nn.Module) -> dict[str, Tensor] | None:
+        """The whole state dict of a part of the method, on the CPU of rank 0; None elsewhere."""
+
+    def close(self) -> None: ...
+
+
+def kept(method: Method) -> dict[str, nn.Parameter]:
+    """The parameters that belong to the training state: trained ones, and averages of them.
+
+    Other frozen parameters (a distillation teacher) come from the stage's inputs and are not saved.
+    """
+    averaged = {id(p) for target, _, _ in method.averages() for p in target.parameters()}
+    return {n: p for n, p in method.named_parameters() if p.requires_grad or id(p) in averaged}
+
+
+def buffers(method: Method) -> Iterator[Piece]:
+    """Persistent buffers; equal on all ranks by contract."""
+    saved = method.state_dict().keys()
+    for name, buffer in method.named_buffers():
+        if name in saved:
+            yield Piece(name, "buffer", 0, buffer.data.view(-1))
+
+
+class Plain:
+    """One process, ordinary PyTorch."""
+
+    def __init__(self, method: Method, optim: OptimConfig, bf16: bool) -> None:
+        self.method, self.clip, self.bf16 = method, optim.clip, bf16
+        self.optimizer = adamw(method, optim)
+        self.device = next(method.parameters()).device
+
+    def forward(self, batch: Batch, **options: Any) -> Any:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.method(batch, **options)
+
+    def train(self, mode: bool) -> None:
+        self.method.train(mode)
+
+    def backward(self, losses: Losses, weight: Tensor) -> None:
+        (losses.loss / weight).backward()
+
+    def step(self) -> Tensor | float | None:
+        parameters = [p for p in self.method.parameters() if p.requires_grad]
+        norm = None
+        if self.clip:
+            norm = nn.utils.clip_grad_norm_(parameters, self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    @torch.no_grad()
+    def average(self, target: nn.Module, source: nn.Module, momentum: float) -> None:
+        for old, new in zip(target.parameters(), source.parameters(), strict=True):
+            old.lerp_(new, 1 - momentum)
+
+    def own(self) -> Iterator[Piece]:
+        for name, parameter in kept(self.method).items():
+            yield Piece(name, "weight", 0, parameter.data.view(-1))
+            state = self.optimizer.state.get(parameter, {})
+            for kind in MOMENTS:
+                if kind in state:
+                    yield Piece(name, kind, 0, state[kind].view(-1))
+        yield from buffers(self.method)
+
+    copies = own
+
+    def set_steps(self, steps: int) -> None:
+        fill_states(self.optimizer, (p for g in self.optimizer.param_groups for p in g["params"]), steps)
+
+    def state(self, module: nn.Module) -> dict[str, Tensor] | None:
+        return {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
+
+    def close(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def fill_states(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], steps: int) -> None:
+    """Gives AdamW the state that it has for `parameters` after `steps` steps, moments still zero."""
+    for parameter in parameters:
+        optimizer.state[parameter] = {
+            "step": torch.tensor(float(steps), device=parameter.device),
+            **{kind: torch.zeros_like(parameter, dtype=torch.float32) for kind in MOMENTS},
+        }

@@ -1,0 +1,194 @@
+"""DeepSpeed's ZeRO (Rajbhandari et al., 2019) as a `Strategy`; the only file that knows DeepSpeed.
+
+Mixed precision is torch autocast over fp32 parameters at every stage, not DeepSpeed's bf16 mode: the
+master, the averages and the export are then the same numbers, and stage 0 is not a special case.
+Buffers are sized from the model: DeepSpeed's defaults take hundreds of megabytes for any model.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitlab.batch import Batch
+from vitlab.dist import World
+from vitlab.engine.optim import OptimConfig, adamw
+from vitlab.engine.strategy import MOMENTS, Piece, buffers, fill_states, kept
+from vitlab.methods.base import Losses, Method
+
+
+class Zero:
+    def __init__(self, method: Method, optim: OptimConfig, stage: int, world: World, **options: Any) -> None:
+        """`options`: micro (samples a worker and micro-batch), accumulate, bf16."""
+        deepspeed = _deepspeed(world.device)
+        self.deepspeed, self.method, self.stage, self.world = deepspeed, method, stage, world
+        self.accumulate: int = options["accumulate"]
+        settings = _settings(method, optim, stage, world, options)
+        self.inner = adamw(method, optim)
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=method, optimizer=self.inner, config=settings, dist_init_required=False
+        )
+
+    def forward(self, batch: Batch, **options: Any) -> Any:
+        return self.engine(batch, **options)
+
+    def train(self, mode: bool) -> None:
+        self.engine.train(mode)
+
+    def backward(self, losses: Losses, weight: Tensor) -> None:
+        # DeepSpeed averages over workers and over micro-batches; ours is a sum over both.
+        self.engine.backward(losses.loss / weight * (self.world.size * self.accumulate))
+        self.engine.step()  # only the last micro-batch of a step really steps
+
+    def step(self) -> Tensor | float | None:
+        norm: Tensor | float | None = self.engine.get_global_grad_norm()
+        return norm
+
+    @torch.no_grad()
+    def average(self, target: nn.Module, source: nn.Module, momentum: float) -> None:
+        for old, new in zip(target.parameters(), source.parameters(), strict=True):
+            if self.stage < 3:
+                old.lerp_(new, 1 - momentum)
+                continue
+            if _gathered(old):  # below the persistence threshold the whole stays here beside the shard
+                old.lerp_(new, 1 - momentum)
+            if old.ds_tensor.data_ptr() != old.data_ptr():  # on one worker both may be the same memory
+                old.ds_tensor.lerp_(new.ds_tensor, 1 - momentum)
+
+    # ------------------------------------------------------------ state, see vitlab.engine.checkpoint
+
+    def own(self) -> Iterator[Piece]:
+        for piece in self._shards():
+            whole = self.stage == 0 or piece.kind == "buffer" or (self.stage < 3 and not self._trained(piece.name))
+            if self.world.first or not whole:
+                yield piece
+
+    def copies(self) -> Iterator[Piece]:
+        yield from self._shards()
+        for name, parameter in kept(self.method).items():
+            if self.stage in (1, 2):
+                yield Piece(name, "weight", 0, parameter.data.view(-1))
+            elif self.stage == 3 and parameter.requires_grad:
+                yield self._ds_shard(name, parameter)
+            if self.stage == 3 and _gathered(parameter):
+                yield Piece(name, "weight", 0, parameter.data.view(-1))
+
+    def _shards(self) -> Iterator[Piece]:
+        """This rank's masters and moments, and everything that all ranks hold whole."""
+        for name, parameter in kept(self.method).items():
+            if self.stage == 3 and parameter.requires_grad:
+                yield from self._stage3(name, parameter)
+            elif self.stage == 3:
+                yield self._ds_shard(name, parameter)
+            elif self.stage and parameter.requires_grad:
+                yield from self._stage12(name, parameter)
+            else:
+                yield Piece(name, "weight", 0, parameter.data.view(-1))
+                for kind in MOMENTS:
+                    if kind in self.inner.state.get(parameter, {}):
+                        yield Piece(name, kind, 0, self.inner.state[parameter][kind].view(-1))
+        yield from buffers(self.method)
+
+    def _stage12(self, name: str, parameter: Any) -> Iterator[Piece]:
+        mapping = parameter._hp_mapping
+        if mapping is None:  # the whole parameter lies in other ranks' partitions
+            return
+        flat = self.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+        start, at = mapping.lp_fragment_address.start, mapping.hp_fragment_address
+        yield Piece(name, "weight", start, flat.data.narrow(0, at.start, at.numel))
+        for kind in MOMENTS:
+            if kind in self.inner.state.get(flat, {}):
+                yield Piece(name, kind, start, self.inner.state[flat][kind].narrow(0, at.start, at.numel))
+
+    def _stage3(self, name: str, parameter: Any) -> Iterator[Piece]:
+        size = parameter.ds_tensor.numel()
+        start = size * self.world.rank
+        count = max(0, min(size, parameter.ds_numel - start))  # the last shard is padded
+        kinds = ["weight", *(MOMENTS if self.inner.state else ())]
+        for kind in kinds if count else ():
+            key = None if kind == "weight" else kind
+            data = self.optimizer.get_local_fp32_param(parameter, key).view(-1)
+            yield Piece(name, kind, start, data[:count])
+
+    def _ds_shard(self, name: str, parameter: Any) -> Piece:
+        shard = parameter.ds_tensor.data.view(-1)
+        start = shard.numel() * self.world.rank
+        return Piece(name, "weight", start, shard[: max(0, min(shard.numel(), parameter.ds_numel - start))])
+
+    def _trained(self, name: str) -> bool:
+        return self.method.get_parameter(name).requires_grad
+
+    def set_steps(self, steps: int) -> None:
+        fill_states(self.inner, self._masters(), steps)
+        # DeepSpeed counts micro-batches to know which one closes a step.
+        self.engine.global_steps = steps
+        self.engine.micro_steps = steps * self.accumulate
+
+    def _masters(self) -> list[Tensor]:
+        """The flat fp32 tensors that AdamW really steps."""
+        if self.stage == 0:
+            return [p for group in self.inner.param_groups for p in group["params"]]
+        attribute = "fp32_partitioned_groups_flat" if self.stage == 3 else "single_partition_of_fp32_groups"
+        masters: list[Tensor] = getattr(self.optimizer, attribute)
+        return masters
+
+    @torch.no_grad()
+    def state(self, module: nn.Module) -> dict[str, Tensor] | None:
+        out: dict[str, Tensor] = {}
+        tensors = module.state_dict(keep_vars=True)
+        for name, tensor in tensors.items():  # one at a time: the whole model is never gathered at once
+            with self.deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
+                if self.world.first:
+                    out[name] = tensor.detach().cpu().clone()
+        return out if self.world.first else None
+
+    def close(self) -> None:
+        self.engine.destroy()
+
+
+def _settings(
+    method: Method, optim: OptimConfig, stage: int, world: World, options: dict[str, Any]
+) -> dict[str, Any]:
+    elements = sum(p.numel() for p in method.parameters())
+    bucket = max(1_000_000, min(elements, 200_000_000))
+    return {
+        "train_micro_batch_size_per_gpu": options["micro"],
+        "gradient_accumulation_steps": options["accumulate"],
+        "gradient_clipping": optim.clip,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1_000_000_000,
+        "torch_autocast": {"enabled": options["bf16"], "dtype": "bfloat16"},
+        "zero_optimization": {
+            "stage": stage,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            "stage3_prefetch_bucket_size": bucket // 10,
+            "stage3_max_live_parameters": 2 * bucket,
+            "stage3_max_reuse_distance": 2 * bucket,
+            "stage3_param_persistence_threshold": options.get("persistence", 10_000),
+        },
+    }
+
+
+def _deepspeed(device: torch.device) -> Any:
+    """DeepSpeed, quiet, for this device, without compiling its shared-memory collective on a CPU."""
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__ as ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if device.type == "cpu":
+        ops["deepspeed_shm_comm"] = False  # a private name; gloo serves instead, the build takes a minute
+    return deepspeed
+
+
+def _gathered(parameter: Any) -> bool:
+    return bool(parameter.numel() == parameter.ds_numel)
+
