@@ -1,0 +1,107 @@
+"""Learning from a teacher and from labels at once.
+
+Paper: Touvron et al. 2020, DeiT (arXiv 2012.12877), equations 2 (soft) and 3 (hard); soft targets are
+Hinton et al. 2015 (1503.02531).
+
+  L = (1 - α) · CE(class head, labels) + α · D(distillation head, teacher)
+  hard: D = CE(student, argmax teacher)        soft: D = T² · KL(teacher/T ‖ student/T) / C
+
+Without the distillation token both terms read the model's logits. Conventions of the authors' code: soft D is
+divided by batch × classes, where equation 2 has no 1/C; the teacher sees the very view that the student sees
+(Beyer et al. 2021, 2106.05237, call it consistent teaching); smoothing touches the labels only.
+
+Departures: temperature and kind are free of each other, as is α (0.5 in equation 3, 0.1 in equation 2).
+
+Letters: B samples, C classes.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from vitlab.batch import Batch, View
+from vitlab.config import Config, UserError
+from vitlab.methods.base import Losses, Method, full
+from vitlab.methods.supervised import correct, cross_entropy, labelled
+from vitlab.models import Backbone
+
+
+class DistillConfig(Config):
+    name: Literal["distill"] = "distill"
+    kind: Literal["hard", "soft"] = "hard"
+    alpha: float = Field(0.5, ge=0, le=1)  # the teacher's part
+    temperature: float = Field(3.0, gt=0)  # of soft targets
+    token: bool = True  # the teacher speaks to the distillation head
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+
+
+class Distill(Method):
+    """Owns the student as `model` and the teacher, which is frozen and always in eval mode."""
+
+    def __init__(self, config: DistillConfig, model: Backbone, teacher: nn.Module, image_size: int) -> None:
+        super().__init__()
+        _refuse(config, model, teacher)
+        self.config, self.model, self.image_size = config, model, image_size
+        self.teacher = teacher.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def views(self) -> list[View]:
+        return [View("image", self.image_size)]
+
+    def weigh(self, batch: Batch) -> Tensor:
+        return labelled(batch).sum()
+
+    def forward(self, batch: Batch) -> Losses:
+        images, weight = batch.views[0], labelled(batch)
+        with torch.no_grad():
+            taught = self.teacher(images)
+        wanted = {"heads", "logits"} if self.config.token else {"logits"}
+        features = self.model(images, wanted, seeds=batch.seeds)
+        by_label, by_teacher = features.heads if self.config.token else (features.logits, features.logits)
+        true = cross_entropy(by_label, batch.labels, self.config.label_smoothing)
+        loss = (1 - self.config.alpha) * true + self.config.alpha * self._distance(by_teacher, taught)
+        metrics = {
+            "top1": correct(features.logits, batch.labels),
+            "agreement": correct(features.logits, taught.argmax(-1)),
+        }
+        return Losses(
+            (loss * weight).sum(), {name: (value * weight).sum() for name, value in metrics.items()}
+        )
+
+    def _distance(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """D of the equations: B C, B C → B."""
+        if self.config.kind == "hard":
+            return cross_entropy(student, teacher.argmax(-1))
+        t = self.config.temperature
+        ours, theirs = (F.log_softmax(full(logits) / t, dim=-1) for logits in (student, teacher))
+        return F.kl_div(ours, theirs, reduction="none", log_target=True).mean(-1) * t**2
+
+    def export(self) -> Backbone:
+        return self.model
+
+
+def _refuse(config: DistillConfig, model: Backbone, teacher: nn.Module) -> None:
+    if config.token and not getattr(model.config, "distilled", False):
+        raise UserError(
+            "distill: token: true needs a student with a distillation token; set distilled: true on it"
+        )
+    mine, theirs = model.num_classes, getattr(teacher, "num_classes", None)
+    if mine < 1 or mine != theirs:
+        raise UserError(
+            f"distill: the teacher tells {theirs} classes apart, the student {mine}; they must agree"
+        )
+    (height, width), size = model.image_size, getattr(teacher, "image_size", model.image_size)
+    if size != model.image_size:
+        given = "×".join(str(side) for side in size)
+        raise UserError(
+            f"distill: the teacher takes images of {given}, the student {height}×{width}; both see one view"
+        )
