@@ -1,0 +1,68 @@
+"""Small images, shards and comparisons for the tests of this room."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vitlab.batch import Batch, View
+from vitlab.data import ReadPlan, Sample, Shards, ShardsConfig, Source, write_shards
+from vitlab.data.sources import png
+
+VIEWS = (View("one", 8), View("two", 6))
+
+
+def images(n: int, seed: int = 0, channels: int = 1) -> list[np.ndarray]:
+    shape = (n, 8, 8) if channels == 1 else (n, 8, 8, channels)
+    return list(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
+
+
+def source(pictures: Iterable[np.ndarray], classes: int = 3) -> Source:
+    pairs = enumerate(pictures)
+    samples: Iterator[Sample] = (Sample(f"s{i:04d}", "png", png(x), i % classes) for i, x in pairs)
+    return Source("test", samples, lambda: [str(i) for i in range(classes)])
+
+
+def shards(dest: Path, n: int = 100, size: int = 16) -> Shards:
+    return write_shards(source(images(n)), dest, held_out=0.2, val=0.1, shard_samples=size)
+
+
+def config(path: Path, **more: object) -> ShardsConfig:
+    return ShardsConfig(
+        **{"path": str(path), "image_size": 8, "channels": 1, "streams": 4, "window": 8} | more
+    )
+
+
+def plan(**more: object) -> ReadPlan:
+    return ReadPlan(**{"views": VIEWS, "batch": 16, "epochs": 2, "seed": 3} | more)
+
+
+def same(a: Batch, b: Batch) -> bool:
+    tensors = [*zip(a.views, b.views, strict=True)]
+    tensors += [(a.labels, b.labels), (a.weight, b.weight), (a.seeds, b.seeds)]
+    return a.keys == b.keys and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in tensors)
+
+
+def all_same(a: list[Batch], b: list[Batch]) -> bool:
+    return len(a) == len(b) and all(map(same, a, b))
+
+
+def raw_tar(path: Path, members: Iterable[tuple[str, bytes]], fmt: int = tarfile.GNU_FORMAT) -> Path:
+    with tarfile.open(path, "w", format=fmt) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def one_line(error: BaseException) -> str:
+    text = str(error)
+    assert text
+    assert "\n" not in text
+    return text

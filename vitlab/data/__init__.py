@@ -1,0 +1,38 @@
+"""Labelled images: written as shards of tars, read as batches that do not depend on who reads them."""
+
+from vitlab.data.augment import AugmentConfig, eval_transform, train_transform
+from vitlab.data.index import ShardInfo, Shards, index_existing, open_shards
+from vitlab.data.order import Order, exact
+from vitlab.data.read import ReadPlan, decode, eval_batches, order_of, train_batches
+from vitlab.data.settings import ShardsConfig, check_classes, normalisation
+from vitlab.data.sources import Source, digits, folder
+from vitlab.data.tars import Sample
+from vitlab.data.write import hugging_face, open_source, prepare, write_shards
+
+__all__ = [
+    "AugmentConfig",
+    "Order",
+    "ReadPlan",
+    "Sample",
+    "ShardInfo",
+    "Shards",
+    "ShardsConfig",
+    "Source",
+    "check_classes",
+    "decode",
+    "digits",
+    "eval_batches",
+    "eval_transform",
+    "exact",
+    "folder",
+    "hugging_face",
+    "index_existing",
+    "normalisation",
+    "open_shards",
+    "open_source",
+    "order_of",
+    "prepare",
+    "train_batches",
+    "train_transform",
+    "write_shards",
+]

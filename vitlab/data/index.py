@@ -1,0 +1,213 @@
+"""The index of a directory of shards: what is in it, and proof that it is whole.
+
+`index.json` is written last, so a directory that has one was written to the end. Beside every tar lies
+a small file with its columns (keys, offsets, sizes, extensions, labels), read only when the tar is.
+The digest names the data by content: the same shards have the same digest wherever they lie.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vitlab.config import UserError, digest, nearest
+from vitlab.data.tars import Columns, index_tar, sha256_file
+
+FORMAT = "vitlab-shards/1"
+INDEX = "index.json"
+PREFIXES = {"train": "train", "val": "val", "held_out": "held_out", "test": "held_out"}
+SPLITS = ("train", "val", "held_out")
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One tar: its file name, how many samples and bytes it has, and the hash of those bytes."""
+
+    file: str
+    count: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Labelled images on disk. `made` tells how they came to be; it is for people and not hashed."""
+
+    path: Path
+    classes: list[str]
+    splits: dict[str, list[ShardInfo]]
+    made: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """The content's name: independent of where it lies and of how it came to be."""
+        hashes = {name: [info.sha256 for info in infos] for name, infos in self.splits.items() if infos}
+        return digest({"format": FORMAT, "classes": self.classes, "splits": hashes})
+
+    def split(self, name: str) -> list[ShardInfo]:
+        """The tars of a split that has samples."""
+        infos = self.splits.get(name)
+        if not infos:
+            names = [n for n, some in self.splits.items() if some]
+            raise UserError(
+                f"{self.path}: no split '{name}'; there are: {', '.join(names)}{nearest(name, names)}"
+            )
+        return infos
+
+    def count(self, name: str) -> int:
+        return sum(info.count for info in self.splits.get(name, []))
+
+    def columns(self, info: ShardInfo) -> Columns:
+        """The samples of one tar, checked to lie inside it."""
+        path = columns_path(self.path / info.file)
+        data = _json(path)
+        names = [f.name for f in dataclasses.fields(Columns)]
+        if not isinstance(data, dict) or sorted(data) != sorted(names):
+            raise UserError(f"{path}: expected the columns {', '.join(names)}; {_anew(self.path)}")
+        columns = Columns(**data)
+        lengths = {len(column) for column in data.values()}
+        ends = [o + s for o, s in zip(columns.offsets, columns.sizes, strict=False) if o >= 0 <= s]
+        if lengths != {info.count} or len(ends) != info.count or max(ends, default=0) > info.bytes:
+            raise UserError(
+                f"{path}: does not fit {info.file} with its {info.count} samples; {_anew(self.path)}"
+            )
+        return columns
+
+
+def columns_path(tar: Path) -> Path:
+    return tar.with_name(tar.name.removesuffix(".tar") + ".idx.json")
+
+
+def _anew(path: Path) -> str:
+    return f"make it anew with `vitlab shards index {path}`"
+
+
+def describe(tar: Path, columns: Columns) -> ShardInfo:
+    """Writes the columns beside a finished tar and returns its entry for the index."""
+    write_json(columns_path(tar), columns.plain())
+    return ShardInfo(tar.name, len(columns), tar.stat().st_size, sha256_file(tar))
+
+
+def save_index(shards: Shards) -> None:
+    """The last file of a directory of shards."""
+    splits = {name: [dataclasses.asdict(info) for info in infos] for name, infos in shards.splits.items()}
+    data = {"format": FORMAT, "digest": shards.digest, "classes": shards.classes, "splits": splits}
+    write_json(shards.path / INDEX, {**data, "made": shards.made})
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Whole or not at all."""
+    part = path.with_name(path.name + ".partial")
+    with part.open("w", encoding="utf8") as file:
+        json.dump(data, file, ensure_ascii=False, indent=None if "keys" in data else 1)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {_anew(path.parent)}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); {_anew(path.parent)}") from None
+
+
+def open_shards(path: Path) -> Shards:
+    """The shards of a directory, after a look at every file's size."""
+    if not path.is_dir():
+        here = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+        near = nearest(path.name, here)
+        raise UserError(f"{path}: no such directory; write shards with `vitlab shards write`{near}")
+    if not (path / INDEX).is_file():
+        raise UserError(
+            f"{path}: no {INDEX} in it: no shards, or not written to the end; "
+            f"for tars of your own make one with `vitlab shards index {path}`"
+        )
+    shards = _read_index(path)
+    for info in (info for infos in shards.splits.values() for info in infos):
+        _check_tar(path / info.file, info)
+    return shards
+
+
+def _read_index(path: Path) -> Shards:
+    data = _json(path / INDEX)
+    given = data.get("format") if isinstance(data, dict) else type(data).__name__
+    if given != FORMAT:
+        raise UserError(f"{path / INDEX}: format is {given!r}, expected '{FORMAT}'; {_anew(path)}")
+    try:
+        splits = {name: [ShardInfo(**info) for info in infos] for name, infos in data["splits"].items()}
+        shards = Shards(path, list(data["classes"]), splits, dict(data.get("made", {})))
+        whole = data["digest"] == shards.digest
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path / INDEX}: not as this version writes it ({error!r}); {_anew(path)}") from None
+    if not whole:
+        raise UserError(
+            f"{path / INDEX}: its digest does not fit its content, it was changed by hand; {_anew(path)}"
+        )
+    return shards
+
+
+def _check_tar(tar: Path, info: ShardInfo) -> None:
+    if Path(info.file).name != info.file:
+        raise UserError(f"{tar.parent / INDEX}: {info.file!r} is no plain file name; {_anew(tar.parent)}")
+    if not tar.is_file():
+        raise UserError(
+            f"{tar}: the index names this file, but it is missing; copy it again or {_anew(tar.parent)}"
+        )
+    size = tar.stat().st_size
+    if size != info.bytes:
+        raise UserError(
+            f"{tar}: has {size} bytes, but {info.bytes} in the index; copy it again or {_anew(tar.parent)}"
+        )
+
+
+def index_existing(path: Path, classes: Sequence[str] | None = None) -> Shards:
+    """An index for tars that are already there; a file's split is the start of its name.
+
+    `train-…`, `val-…`, `held_out-…` or `test-…`; without such names everything is for training.
+    Class names: as given, else those of an earlier index, else the numbers.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: no such directory; give one that holds .tar files")
+    tars = sorted(path.glob("*.tar"))
+    if not tars:
+        raise UserError(f"{path}: no .tar file in it; write shards with `vitlab shards write`")
+    columns = {tar: index_tar(tar) for tar in tars}
+    names = _class_names(path, columns, classes)
+    splits: dict[str, list[ShardInfo]] = {name: [] for name in SPLITS}
+    for tar in tars:
+        splits[split_of(tar.name)].append(describe(tar, columns[tar]))
+    shards = Shards(path, names, splits, {"source": "existing tars"})
+    save_index(shards)
+    return shards
+
+
+def split_of(file: str) -> str:
+    return next((split for prefix, split in PREFIXES.items() if file.startswith(prefix + "-")), "train")
+
+
+def _class_names(path: Path, columns: Mapping[Path, Columns], given: Sequence[str] | None) -> list[str]:
+    highest, where = max((max(column.labels), tar) for tar, column in columns.items())
+    earlier = _earlier_names(path)
+    names = list(given or (earlier if len(earlier) > highest else map(str, range(highest + 1))))
+    if highest >= len(names):
+        raise UserError(
+            f"{where}: has class {highest}, but {len(names)} class names are given; name all classes"
+        )
+    return names
+
+
+def _earlier_names(path: Path) -> list[str]:
+    """Class names of the index that is about to be replaced; none where it cannot be read."""
+    try:
+        names = json.loads((path / INDEX).read_text("utf8"))["classes"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return []
+    return [str(name) for name in names]
