@@ -87,7 +87,7 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader that also reads `1e-3` as a number and refuses a key given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        names = [key.value for key, _ in node.value]
         twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
         if twice is not None:
             raise UserError(f"{twice}: given twice, the second time in line {node.start_mark.line + 1} or below")

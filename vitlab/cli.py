@@ -1,0 +1,147 @@
+"""The command `vitlab`, and what starts a pipeline: arguments in, exit code out.
+
+Exit codes: 0 done; 1 failed while running; 2 nothing was started, the experiment or its place is wrong;
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vitlab.experiment import Experiment
+
+HERE = Path(__file__).resolve().parents[1]  # a checkout, or the copy of one that a Ray job runs in
+
+
+def pipeline(
+    main: Callable[[Experiment], None], default: str, needs: Sequence[str] = (), argv: Sequence[str] | None = None
+) -> None:
+    """Runs a pipeline as a program: `python pipelines/NAME.py [experiment.yaml] [key=value …]`."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
+    name = Path(sys.argv[0]).name
+    parser = argparse.ArgumentParser(
+        prog=f"python pipelines/{name}",
+        description=(main.__doc__ or "").strip() or None,
+        epilog=f"example: python pipelines/{name} {default} finetune.optim.lr=5e-4 cluster.workers=4",
+    )
+    parser.add_argument("experiment", nargs="?", default=default, help=f"a YAML file (default {default})")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the file, as finetune.epochs=5")
+    given = parser.parse_intermixed_args(argv)
+    if "=" in given.experiment:
+        given.overrides.insert(0, given.experiment)
+        given.experiment = default
+    sys.exit(guarded(lambda: _start(main, given.experiment, given.overrides, needs)))
+
+
+def _start(main: Callable[[Experiment], None], file: str, overrides: Sequence[str], needs: Sequence[str]) -> None:
+    from vitlab.experiment import read
+
+    path = Path(file)
+    experiment = read(path if path.exists() else HERE / file, overrides)
+    for section in needs:
+        experiment.need(section)
+    main(experiment)
+
+
+def guarded(action: Callable[[], None]) -> int:
+    """Runs an action; a problem that a person can mend is one line, anything else keeps its traceback."""
+    from vitlab.config import UserError
+    from vitlab.face import Face
+
+    face = Face()
+    try:
+        action()
+    except UserError as error:
+        face.problem(str(error))
+        return 2
+    except KeyboardInterrupt:
+        face.problem("interrupted; the same command goes on from the last checkpoint")
+        return 130
+    except RuntimeError as error:
+        if type(error).__name__ != "JobFailed":
+            raise
+        face.problem(str(error))
+        return 1
+    return 0
+
+
+# ---------------------------------------------------------------- vitlab …
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="vitlab", description="Experiments with vision transformers.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    shards = commands.add_parser(
+        "shards",
+        help="write WebDataset shards, or index existing ones",
+        epilog="example: vitlab shards folder:/data/flowers /data/flowers-shards --held-out 0.2",
+    )
+    shards.add_argument("source", help="digits, folder:PATH, hf:NAME[:split], or `index` to index DEST as it is")
+    shards.add_argument("dest", type=Path, help="the folder of the shards")
+    shards.add_argument("--held-out", type=float, default=0.2, help="fraction kept for evaluation (0.2)")
+    shards.add_argument("--val", type=float, default=0.1, help="fraction kept for validation (0.1)")
+    shards.add_argument("--shard-samples", type=int, default=1000, help="images of a shard (1000)")
+    shards.set_defaults(action=_shards)
+
+    run = commands.add_parser(
+        "run", help="run a pipeline", epilog="example: vitlab run mae_then_finetune finetune.epochs=5"
+    )
+    run.add_argument("pipeline", help=f"one of: {', '.join(sorted(p.stem for p in (HERE / 'pipelines').glob('*.py')))}")
+    run.add_argument("arguments", nargs=argparse.REMAINDER, help="[experiment.yaml] [key=value …]")
+    run.set_defaults(action=_run)
+
+    ui = commands.add_parser("ui", help="open the MLflow UI on this machine", epilog="example: vitlab ui --port 5001")
+    ui.add_argument("--port", type=int, default=5000)
+    ui.set_defaults(action=_ui)
+
+    given = parser.parse_args()
+    sys.exit(guarded(lambda: given.action(given)))
+
+
+def _shards(given: argparse.Namespace) -> None:
+    from vitlab.data import index_existing, open_source, write_shards
+    from vitlab.face import Face
+
+    if given.source == "index":
+        made = index_existing(given.dest)
+    else:
+        made = write_shards(
+            open_source(given.source), given.dest, held_out=given.held_out, val=given.val, shard_samples=given.shard_samples
+        )
+    counts = ", ".join(f"{made.count(split)} {split}" for split in made.splits)
+    Face().print(f"{counts} images of {len(made.classes)} classes in {made.path}")
+
+
+def _run(given: argparse.Namespace) -> None:
+    from vitlab.config import UserError, nearest
+
+    names = sorted(p.stem for p in (HERE / "pipelines").glob("*.py"))
+    if given.pipeline not in names:
+        raise UserError(f"{given.pipeline}: no such pipeline; allowed: {', '.join(names)}{nearest(given.pipeline, names)}")
+    file = HERE / "pipelines" / f"{given.pipeline}.py"
+    sys.argv = [str(file), *given.arguments]
+    runpy.run_path(str(file), run_name="__main__")
+
+
+def _ui(given: argparse.Namespace) -> None:
+    """Replaces this process by MLflow's server, on loopback."""
+    from vitlab.home import home
+
+    place = home()
+    command = [
+        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(given.port), "--workers", "1",
+        "--backend-store-uri", f"sqlite:///{place}/mlflow.db", "--default-artifact-root", (place / "artifacts").as_uri(),
+    ]
+    os.execv(command[0], command)  # noqa: S606
+
+
+if __name__ == "__main__":
+    main()

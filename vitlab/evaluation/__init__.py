@@ -1,0 +1,27 @@
+"""Evaluations: each yields (name, value) or (name, figure) on images the model was not trained on."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from vitlab.config import Config, free
+from vitlab.evaluation.classify import Tally, classify
+from vitlab.evaluation.pictures import confusion_figure, confusion_table, reconstruction_figure, save_figure
+from vitlab.evaluation.validate import validate
+
+
+class EvaluateConfig(Config):
+    split: str = Field("held_out", description="held_out, val or train")
+    batch_size: int = free(256, gt=0, description="images of a batch, over all workers")
+
+
+__all__ = [
+    "EvaluateConfig",
+    "Tally",
+    "classify",
+    "confusion_figure",
+    "confusion_table",
+    "reconstruction_figure",
+    "save_figure",
+    "validate",
+]

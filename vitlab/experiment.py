@@ -1,0 +1,137 @@
+"""One experiment: the union of every room's config, and what must hold between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from vitlab.config import Config, UserError, free, load
+from vitlab.data import AugmentConfig, ShardsConfig
+from vitlab.engine.launch import ClusterConfig
+from vitlab.engine.loop import LoopConfig
+from vitlab.evaluation import EvaluateConfig
+from vitlab.methods import MethodConfig
+from vitlab.models import ModelConfig
+from vitlab.tracking import TrackingConfig
+
+
+class TrainConfig(LoopConfig):
+    """A training stage: which model, by which objective, on which views of the images."""
+
+    model: ModelConfig
+    method: MethodConfig
+    augment: AugmentConfig = AugmentConfig()
+
+
+class Between(Config):
+    """Any number from `low` to `high`; `log` spreads the trials over orders of magnitude."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Between:
+        if not self.low < self.high:
+            raise ValueError(f"low {self.low} must be below high {self.high}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"low {self.low}: with log it must be above 0")
+        return self
+
+
+class TuneConfig(Config):
+    """A search over the fine-tune stage; keys of `space` are keys of that stage, as `optim.lr`."""
+
+    space: dict[str, Between | list[Any]]
+    trials: int = Field(8, gt=0)
+    metric: str = "val/top1"
+    mode: Literal["max", "min"] = "max"
+    grace_epochs: int = Field(1, gt=0, description="validations before ASHA may stop a trial")
+    reduction: int = Field(3, gt=1, description="ASHA keeps one of so many at each rung")
+    concurrent: int = free(2, gt=0, description="trials at a time")
+    workers: int = free(0, ge=0, description="workers of a trial; 0: in the trial's own process")
+
+
+Stage = Annotated[TrainConfig | None, Field(default=None)]
+TRAINING = ("pretrain", "finetune", "distill")
+
+
+class Experiment(Config):
+    name: str = Field(min_length=1)
+    seed: int = Field(0, ge=0)
+    data: ShardsConfig
+    cluster: ClusterConfig = free(ClusterConfig())
+    tracking: TrackingConfig = free(TrackingConfig())
+    pretrain: Stage
+    finetune: Stage
+    distill: Stage
+    evaluate: EvaluateConfig = EvaluateConfig()
+    tune: TuneConfig | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Experiment:
+        for problem in _problems(self):
+            raise UserError(problem)
+        return self
+
+    def need(self, name: str) -> TrainConfig:
+        """A training stage's section; a pipeline that needs it says so before anything starts."""
+        section: TrainConfig | None = getattr(self, name)
+        if section is None:
+            raise UserError(f"{name}: missing; this pipeline needs the section, see experiments/ for one")
+        return section
+
+
+def read(path: Path, overrides: Sequence[str] = ()) -> Experiment:
+    return load(Experiment, path, overrides)
+
+
+def _problems(experiment: Experiment) -> Iterator[str]:
+    data, cluster = experiment.data, experiment.cluster
+    if cluster.workers > 1 and data.streams % cluster.workers:
+        yield (
+            f"cluster.workers: given {cluster.workers}; it must divide data.streams={data.streams}, "
+            f"allowed: {_divisors(data.streams)}"
+        )
+    if cluster.workers == 0 and cluster.zero is not None:
+        yield f"cluster.zero: given {cluster.zero} with cluster.workers=0; sharding needs workers, or leave zero out"
+    if cluster.workers == 0 and cluster.loaders and cluster.address:
+        yield "cluster.address: given with cluster.workers=0, which runs in this process; leave one out"
+    for name in TRAINING:
+        section = getattr(experiment, name)
+        if section is not None:
+            yield from _stage_problems(name, section, experiment)
+
+
+def _stage_problems(name: str, stage: TrainConfig, experiment: Experiment) -> Iterator[str]:
+    data, workers = experiment.data, max(1, experiment.cluster.workers)
+    batch, patch = stage.batch_size, stage.model.patch_size
+    if data.image_size % patch:
+        yield (
+            f"{name}.model.patch_size: given {patch}; it must divide data.image_size={data.image_size}, "
+            f"allowed: {_divisors(data.image_size)}"
+        )
+    if stage.model.in_chans != data.channels:
+        yield f"{name}.model.in_chans: given {stage.model.in_chans}; the images have data.channels={data.channels}"
+    if batch % data.streams:
+        near = max(1, round(batch / data.streams)) * data.streams
+        yield f"{name}.batch_size: given {batch}; it must be a multiple of data.streams={data.streams}, as {near}"
+    if batch % workers:
+        yield f"{name}.batch_size: given {batch}; it must be a multiple of cluster.workers={workers}"
+    if batch // workers % stage.accumulate:
+        yield (
+            f"{name}.accumulate: given {stage.accumulate}; it must divide the {batch // workers} images that "
+            f"each of {workers} workers has, allowed: {_divisors(batch // workers)}"
+        )
+    if stage.optim.warmup_epochs > stage.epochs:
+        yield f"{name}.optim.warmup_epochs: given {stage.optim.warmup_epochs}; allowed: at most {name}.epochs={stage.epochs}"
+    if (name == "distill") != (stage.method.name == "distill"):
+        allowed = "distill" if name == "distill" else "supervised, mae"
+        yield f"{name}.method.name: given {stage.method.name!r}; allowed in this stage: {allowed}"
+
+
+def _divisors(n: int) -> str:
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)

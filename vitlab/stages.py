@@ -1,0 +1,241 @@
+"""The stages of a chain: pretrain, finetune, distill, evaluate. Typed inputs → `Artifact`.
+
+A pipeline is plain calls on a `Run`; lineage is the arguments. Each call looks its content key up,
+and is a hit, goes on with an unfinished run, or starts one.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import yaml
+
+from vitlab import cache
+from vitlab.cache import Artifact, Claim, Fence, content_key
+from vitlab.config import Config, UserError, deciding, digest, flatten, resolved
+from vitlab.data import Shards, ShardsConfig, prepare
+from vitlab.engine import checkpoint
+from vitlab.engine.launch import Session
+from vitlab.evaluation import EvaluateConfig
+from vitlab.experiment import Experiment, TrainConfig
+from vitlab.face import Face, Line, Row
+from vitlab.home import git_sha, home, locked
+from vitlab.models import Loaded, load_model
+from vitlab.tracking import Store, TrackingConfig
+from vitlab.work import EvaluateJob, Job, Place, TrainJob, forget, work
+
+# Raised when the same config must give another result than before: part of every key of the stage.
+REVISION = {"pretrain": 1, "finetune": 1, "distill": 1, "evaluate": 1}
+SEEN = ("image_size", "channels", "streams", "window", "mean", "std")  # data settings that decide a result
+
+
+class Run:
+    """One run of a pipeline: its MLflow run, its workers, and what it prints."""
+
+    def __init__(self, experiment: Experiment, pipeline: str = "notebook", face: Face | None = None) -> None:
+        self.experiment, self.pipeline = experiment, pipeline
+        self.face = face or Face()
+        self.home = home()
+        self.parent: str | None = None  # MLflow nests stage runs only under a search
+        self.listen: Callable[[str, Any], None] = lambda kind, payload: None
+        self.stages: dict[str, str] = {}  # stage label → run id
+        self.line: Line | None = None
+
+    def __enter__(self) -> Self:
+        self.began = time.monotonic()
+        self.home.mkdir(parents=True, exist_ok=True)
+        self.face.print(f"{self.pipeline} · {self.experiment.name}")
+        self.store = Store(self.experiment.tracking, self.home)
+        cluster = self.experiment.cluster
+        self.session = Session(cluster, self.home, work, self._event, not self.store.remote)
+        self.git_sha = git_sha()
+        self.run_id = self._start_pipeline()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        try:
+            self.session.close()
+        finally:
+            status = "FINISHED" if kind is None else "KILLED" if kind is KeyboardInterrupt else "FAILED"
+            self.store.status(self.run_id, status)
+        if kind is None:
+            self._summary()
+
+    # ------------------------------------------------------------ the stages
+
+    def shards(self, config: ShardsConfig) -> Shards:
+        """The images: written on first use, then found again by their config."""
+        written = {k: v for k, v in deciding(config).items() if k not in (*SEEN, "num_classes")}
+        dest = self.home / "shards" / f"{(config.source or 'given').split(':')[0].strip('/').replace('/', '-')}-{digest(written)[:12]}"
+        with locked(dest.with_suffix(".lock")):
+            shards = prepare(config, dest)
+        counts = ", ".join(f"{shards.count(split)} {split}" for split in shards.splits)
+        self.face.print(f"  data: {counts} images of {len(shards.classes)} classes in {shards.path}")
+        self.store.tag(self.run_id, {"vitlab.data_digest": shards.digest})
+        return shards
+
+    def pretrain(self, config: TrainConfig, *, data: Shards, label: str = "pretrain") -> Artifact:
+        return self._train("pretrain", label, config, data, {})
+
+    def finetune(self, config: TrainConfig, *, data: Shards, init: Artifact | None = None, label: str = "finetune") -> Artifact:
+        return self._train("finetune", label, config, data, {"init": init})
+
+    def distill(self, config: TrainConfig, *, data: Shards, teacher: Artifact, init: Artifact | None = None, label: str = "distill") -> Artifact:
+        return self._train("distill", label, config, data, {"teacher": teacher, "init": init})
+
+    def evaluate(self, config: EvaluateConfig, *, data: Shards, model: Artifact, label: str = "evaluate") -> Artifact:
+        def job(place: Place, token: str) -> EvaluateJob:
+            return EvaluateJob(config, place, model.folder, label)
+
+        if config.split not in data.splits:
+            raise UserError(f"evaluate.split: given {config.split!r}; the shards have: {', '.join(data.splits)}")
+        return self._stage("evaluate", label, config, data, {"model": model}, job)
+
+    def _train(self, stage: str, label: str, config: TrainConfig, data: Shards, inputs: dict[str, Artifact | None]) -> Artifact:
+        given = {name: artifact for name, artifact in inputs.items() if artifact is not None}
+        folders = {name: artifact.folder for name, artifact in given.items()}
+
+        def job(place: Place, token: str) -> TrainJob:
+            cluster, kept = self.experiment.cluster, self._checkpoints(place.run_id)
+            return TrainJob(stage, config, self.experiment.seed, place, cluster.zero, kept, token, **folders)
+
+        return self._stage(stage, label, config, data, given, job)
+
+    # ------------------------------------------------------------ hit, resume or run
+
+    def _stage(
+        self, stage: str, label: str, config: Config, data: Shards, inputs: dict[str, Artifact], job: Callable[[Place, str], Job]
+    ) -> Artifact:
+        begin = time.monotonic()
+        seen = {name: getattr(self.experiment.data, name) for name in SEEN}
+        digests = {name: artifact.digest for name, artifact in inputs.items()}
+        digests |= {"data": data.digest, "seen": digest(seen), "seed": str(self.experiment.seed)}
+        key = content_key(stage, REVISION[stage], config, digests)
+        with self.face.stage(label) as self.line:
+            waiting = self.line.note
+            with cache.claim(self.store, key, lambda holder: waiting(f"waits for {holder}")) as claim:
+                if claim.artifact is not None:
+                    return self._done(label, "hit", begin, claim.artifact, claim.metrics)
+                run_id, resumed = self._open(stage, label, config, claim, inputs, data)
+                result = self._do(run_id, job, data)
+                self.store.metrics(run_id, {f"time/{name}_s": t for name, t in result["seconds"].items()})
+                self.store.status(run_id, "FINISHED")
+                forget(self._checkpoints(run_id))
+        return self._done(label, "resumed" if resumed else "ran", begin, result["artifact"], result["metrics"])
+
+    def _open(
+        self, stage: str, label: str, config: Config, claim: Claim, inputs: dict[str, Artifact], data: Shards
+    ) -> tuple[str, bool]:
+        """The MLflow run to write to, and whether there is a checkpoint to go on from."""
+        if claim.unfinished is not None:
+            found = checkpoint.latest(self._checkpoints(claim.unfinished))
+            self.store.status(claim.unfinished, "RUNNING")
+            if found and self.line:
+                self.line.note(f"goes on from {found.name} of run {claim.unfinished[:8]}")
+            return claim.unfinished, found is not None
+        tags = {
+            "vitlab.stage": stage,
+            "vitlab.key": claim.key,
+            "vitlab.inputs": " ".join(f"{name}={artifact.uri}" for name, artifact in inputs.items()) or "none",
+            "vitlab.pipeline": self.run_id,
+            "vitlab.git_sha": self.git_sha,
+            "vitlab.data_digest": data.digest,
+            "vitlab.revision": str(REVISION[stage]),
+        }
+        params = {"seed": self.experiment.seed} | flatten({stage: resolved(config), "data": resolved(self.experiment.data)})
+        return self.store.start(_title(label, config), tags, params, self.parent), False
+
+    def _do(self, run_id: str, job: Callable[[Place, str], Job], data: Shards) -> dict[str, Any]:
+        experiment = self.experiment
+        place = Place(self.home, experiment.tracking, run_id, data.path, experiment.data, experiment.cluster.loaders)
+        token = Fence(self._checkpoints(run_id)).take()
+        try:
+            return self.session.run(job(place, token))
+        except BaseException as error:
+            self.store.status(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            raise
+
+    def _checkpoints(self, run_id: str) -> Path:
+        return self.home / "checkpoints" / run_id
+
+    def _done(self, label: str, outcome: cache.Outcome, begin: float, artifact: Artifact, metrics: dict[str, float]) -> Artifact:
+        self.stages[label] = artifact.run_id
+        figure = _figure(metrics)
+        self.face.done(Row(label, outcome, time.monotonic() - begin, figure, artifact.run_id))
+        self.store.tag(self.run_id, {f"vitlab.run.{label}": artifact.run_id, f"vitlab.outcome.{label}": outcome})
+        headline = {n: v for n, v in metrics.items() if n.startswith(("val/", "eval/")) and "/class/" not in n}
+        self.store.metrics(self.run_id, {f"{label}/{n}": v for n, v in headline.items()})
+        return artifact
+
+    def _event(self, kind: str, payload: Any) -> None:
+        if self.line is not None and kind == "say":
+            self.line.say(payload)
+        elif self.line is not None and kind == "progress":
+            self.line.progress(*payload)
+        elif self.line is not None and kind == "restarted":
+            self.line.note("a worker was lost; the group started again from the last checkpoint")
+        self.listen(kind, payload)
+
+    # ------------------------------------------------------------ the pipeline's own run
+
+    def _start_pipeline(self) -> str:
+        tags = {"vitlab.stage": "pipeline", "vitlab.git_sha": self.git_sha, "vitlab.pipeline_name": self.pipeline}
+        params = flatten(resolved(self.experiment))
+        run_id = self.store.start(f"{self.pipeline} · {self.experiment.name}", tags, params)
+        with tempfile.TemporaryDirectory() as scratch:
+            file = Path(scratch) / "experiment.yaml"
+            file.write_text(yaml.safe_dump(resolved(self.experiment), sort_keys=False, allow_unicode=True), "utf8")
+            self.store.upload_file(run_id, file, "")
+        return run_id
+
+    def _summary(self) -> None:
+        total = time.monotonic() - self.began
+        self.face.table(f"{self.pipeline} · {self.experiment.name} · {total:.0f} s")
+        self.face.print(f"curves   {self.store.curves()}")
+        for label, stage in (("finetune", "finetune"), ("pretrain", "pretrain")):
+            if label in self.stages:
+                mine = self.stages[label]
+                others = [r.run_id for r in self.store.find({"vitlab.stage": stage}) if r.status == "FINISHED" and r.run_id != mine]
+                self.face.print(f"compare  {self.store.comparison([mine, *others[:4]])}")
+                break
+        if not self.store.remote:
+            self.face.print("open     make ui   (then the links above show the curves and the params side by side)")
+
+
+def _title(label: str, config: Config) -> str:
+    """A name that a person tells runs apart by."""
+    if not isinstance(config, TrainConfig):
+        return label
+    model, optim = config.model, config.optim
+    parts = [label, model.name, config.method.name, f"lr {optim.lr:.2g}"]
+    parts += [f"layer decay {optim.layer_decay:g}"] if optim.layer_decay < 1 else []
+    return " · ".join(parts)
+
+
+def _figure(metrics: dict[str, float]) -> str:
+    for name, text in (
+        ("eval/top1", "held-out top-1 {:.2%}"),
+        ("val/top1", "validation top-1 {:.2%}"),
+        ("val/loss", "validation loss {:.4f}"),
+        ("train/loss", "training loss {:.4f}"),
+    ):
+        if name in metrics:
+            return text.format(metrics[name])
+    return ""
+
+
+
+def load(uri: str, tracking: TrackingConfig | None = None) -> Loaded:
+    """A trained model by `runs:/RUN/model`, or by its folder: model, preprocessing, labels."""
+    if not uri.startswith("runs:/"):
+        return load_model(Path(uri))
+    run_id, _, path = uri.removeprefix("runs:/").partition("/")
+    folder = Store(tracking or TrackingConfig(), home()).download(run_id, path or "model")
+    if folder is None:
+        raise UserError(f"{uri}: this run has no such artifact; given path {path or 'model'!r}, expected 'model'")
+    return load_model(folder)
