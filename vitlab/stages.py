@@ -92,8 +92,9 @@ class Run:
         def job(place: Place, token: str) -> EvaluateJob:
             return EvaluateJob(config, place, model.folder, label)
 
-        if config.split not in data.splits:
-            raise UserError(f"evaluate.split: given {config.split!r}; the shards have: {', '.join(data.splits)}")
+        if not data.count(config.split):
+            have = ", ".join(split for split in data.splits if data.count(split))
+            raise UserError(f"evaluate.split: given {config.split!r}; the shards have: {have}")
         return self._stage("evaluate", label, config, data, {"model": model}, job)
 
     def _train(self, stage: str, label: str, config: TrainConfig, data: Shards, inputs: dict[str, Artifact | None]) -> Artifact:

@@ -114,7 +114,7 @@ def _train(job: TrainJob, world: World, post: Post) -> dict[str, Any]:
         batches=lambda start: _steps(job.place, shards, read, world, start),
         recorder=recorder,
         checkpoints=job.checkpoints,
-        probes=[_validation(job, method, shards, world)] if "val" in shards.splits else [],
+        probes=[_validation(job, method, shards, world)] if shards.count("val") else [],
         may_commit=lambda: fence.holds(job.token),
     )
     ready = time.perf_counter()
@@ -191,7 +191,7 @@ def _reconstructions(
     job: TrainJob, method: Method, strategy: Strategy, shards: Shards, world: World
 ) -> list[Tensor]:
     """Image, visible part and reconstruction of some held-out images, values in 0..1; empty but for MAE."""
-    split = next((s for s in ("held_out", "val") if s in shards.splits), None)
+    split = next((s for s in ("held_out", "val") if shards.count(s)), None)
     if not isinstance(method, MAE) or split is None:
         return []
     mean, std = (t.to(world.device) for t in normalisation(job.place.data))

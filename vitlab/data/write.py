@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from vitlab.config import UserError, nearest
-from vitlab.data.index import SPLITS, ShardInfo, Shards, describe, open_shards, save_index
+from vitlab.data.index import INDEX, SPLITS, ShardInfo, Shards, describe, open_shards, save_index
 from vitlab.data.settings import ShardsConfig, check_classes
 from vitlab.data.sources import Source, digits, encoded, folder, png
 from vitlab.data.tars import Sample, index_tar, write_tar
@@ -34,9 +34,14 @@ LABEL_NAMES = ("label", "labels", "cls", "class", "target", "fine_label")
 
 
 def prepare(config: ShardsConfig, dest: Path) -> Shards:
-    """The shards of an experiment: those at `config.path`, or new ones at `dest` from `config.source`."""
+    """The shards of an experiment: those at `config.path`, or at `dest`, written there from `config.source`.
+
+    `dest` is written once. A source that has grown is seen again after the folder was deleted.
+    """
     if config.path is not None:
         shards = open_shards(Path(config.path))
+    elif (dest / INDEX).is_file():
+        shards = open_shards(dest)
     else:
         source = open_source(str(config.source), config.image_column, config.label_column)
         shards = write_shards(

@@ -262,7 +262,6 @@ def _environment(threads: int) -> dict[str, str]:
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
         "RAY_TRAIN_ENABLE_V2": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_BACKEND_LOG_LEVEL": "fatal",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "TORCHDYNAMO_DISABLE": "1",  # torch.compile is not used yet; its import costs seconds
     }
