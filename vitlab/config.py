@@ -7,17 +7,33 @@ of the content key, so that it may change between two runs of the same stage.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-import types
-import typing
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError, to_jsonable_python
+
+from vitlab.wording import nearest, one_line, options_of, show, without_password
+
+__all__ = [
+    "Config",
+    "UserError",
+    "build",
+    "deciding",
+    "digest",
+    "flatten",
+    "free",
+    "load",
+    "nearest",
+    "parse",
+    "resolved",
+    "without_password",
+]
 
 C = TypeVar("C", bound="Config")
 
@@ -29,18 +45,25 @@ class UserError(ValueError):
 class Config(BaseModel):
     """Base of every section: unknown keys are errors, values keep their type, nothing mutates."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_lookalike(cls, data: Any) -> Any:
+        """Where 0 and 1 are choices, `false` and `true` are not, although Python finds them equal."""
+        for name, field in cls.model_fields.items() if isinstance(data, dict) else ():
+            options, given = options_of(field.annotation), data.get(name)
+            if isinstance(given, bool | float) and given in options and type(given) not in map(type, options):
+                context = {"key": name, "options": options, "given": given}
+                raise PydanticCustomError("lookalike", "not one of the choices", context)
+        return data
 
 
 def free(default: Any, **constraints: Any) -> Any:
     """A field that does not decide the result: it is left out of the content key."""
     return Field(default, json_schema_extra={"free": True}, **constraints)
-
-
-def nearest(given: str, allowed: Iterable[str]) -> str:
-    """`; did you mean 'lr'?`, or nothing when no allowed name is near."""
-    match = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.5)
-    return f"; did you mean '{match[0]}'?" if match else ""
 
 
 # ---------------------------------------------------------------- canonical form
@@ -56,11 +79,19 @@ def deciding(config: BaseModel) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for name, field in type(config).model_fields.items():
         extra = field.json_schema_extra
-        if isinstance(extra, dict) and extra.get("free"):
-            continue
-        value = getattr(config, name)
-        out[name] = deciding(value) if isinstance(value, BaseModel) else config.model_dump(mode="json")[name]
+        if not (isinstance(extra, dict) and extra.get("free")):
+            out[name] = _deciding(getattr(config, name))
     return out
+
+
+def _deciding(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return deciding(value)
+    if isinstance(value, list | tuple):
+        return [_deciding(item) for item in value]
+    if isinstance(value, Mapping):
+        return {name: _deciding(item) for name, item in value.items()}
+    return to_jsonable_python(value)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -86,17 +117,21 @@ def digest(data: Any) -> str:
 class _Loader(yaml.SafeLoader):
     """SafeLoader that also reads `1e-3` as a number and refuses a key given twice."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value]
-        twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
-        if twice is not None:
-            raise UserError(f"{twice}: given twice, the second time in line {node.start_mark.line + 1} or below")
-        return super().construct_mapping(node, deep)
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Checked here, not when objects are made: by then `<<` has mixed merged keys with the own ones.
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        first: dict[tuple[str, str], yaml.ScalarNode] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and first.setdefault((key.tag, key.value), key) is not key:
+                line = first[key.tag, key.value].start_mark.line + 1
+                problem = f"the key '{key.value}' is given twice, first in line {line}"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+        return node
 
 
 _Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_FLOAT = r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*(?:[eE][-+]?[0-9]+)|\.[0-9]+(?:[eE][-+]?[0-9]+)?)$"
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", __import__("re").compile(_FLOAT), list("-+0123456789."))
+_FLOAT = re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*(?:[eE][-+]?[0-9]+)|\.[0-9]+(?:[eE][-+]?[0-9]+)?)$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
 def parse(text: str, where: str) -> Any:
@@ -106,17 +141,29 @@ def parse(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or error
+        raise UserError(f"{where}{line}: not valid YAML: {problem}") from None
+    except ValueError as error:  # a date such as 2024-13-45, a number such as 0b
+        raise UserError(f"{where}: not valid YAML: {error}; put text in quotes") from None
 
 
 def load(schema: type[C], path: Path, overrides: Iterable[str] = ()) -> C:
     """One YAML file plus `key.sub=value` overrides → one resolved config."""
     if not path.is_file():
-        near = nearest(path.name, (p.name for p in path.parent.glob("*.yaml")))
-        raise UserError(f"{path}: no such experiment file{near}")
-    tree = parse(path.read_text("utf8"), str(path))
+        there = sorted(p.name for p in path.parent.glob("*.yaml"))
+        hint = f"; in {path.parent}: {', '.join(there)}{nearest(path.name, there)}" if there else ""
+        raise UserError(f"{path}: no such experiment file{hint}")
+    try:
+        text = path.read_text("utf8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
+        raise UserError(f"{path}: cannot be read: {reason}; an experiment is a YAML file") from None
+    tree = parse(text, str(path))
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected sections like `pretrain:`, given {type(tree).__name__}")
+        given = {"NoneType": "an empty file", "list": "a list"}.get(type(tree).__name__, show(tree))
+        raise UserError(
+            f"{path}: given {given}; an experiment has sections, as `data:`, see experiments/ for one"
+        )
     for item in overrides:
         _override(tree, item)
     return build(schema, tree)
@@ -124,14 +171,29 @@ def load(schema: type[C], path: Path, overrides: Iterable[str] = ()) -> C:
 
 def _override(tree: dict[str, Any], item: str) -> None:
     key, equals, text = item.partition("=")
-    if not equals or not key:
-        raise UserError(f"{item}: an override reads key.sub=value, as in finetune.optim.lr=1e-3")
-    *parents, leaf = key.split(".")
-    for name in parents:
+    names = key.strip().split(".")
+    if not equals or not all(names):
+        raise UserError(
+            f"{without_password(item)}: not an override; write key.sub=value, as finetune.optim.lr=1e-3"
+        )
+    done: list[str] = []
+    while True:
+        # A name may hold dots itself, as in `tune.space`: the longest one that is there counts.
+        ends = (n for n in range(len(names), 0, -1) if ".".join(names[:n]) in tree)
+        end = next(ends, 1)
+        name, names = ".".join(names[:end]), names[end:]
+        done.append(name)
+        if not names:
+            tree[name] = parse(text, key.strip())
+            return
         below = tree.get(name)
-        tree[name] = dict(below) if isinstance(below, dict) else {}
+        if below is not None and not isinstance(below, dict):
+            here = ".".join(done)
+            raise UserError(
+                f"{key.strip()}: {here} holds {show(below)}, no keys; give all of it: {here}=VALUE"
+            )
+        tree[name] = dict(below or {})  # a copy: with a YAML anchor two sections share one object
         tree = tree[name]
-    tree[leaf] = parse(text, key)
 
 
 def build(schema: type[C], tree: Mapping[str, Any]) -> C:
@@ -139,70 +201,4 @@ def build(schema: type[C], tree: Mapping[str, Any]) -> C:
     try:
         return schema.model_validate(tree)
     except ValidationError as error:
-        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-        raise UserError(_one_line(schema, first)) from None
-
-
-def _one_line(schema: type[BaseModel], error: Any) -> str:
-    path, section = _where(schema, error["loc"])
-    given, kind, text = error.get("input"), error["type"], error["msg"]
-    if kind == "extra_forbidden":
-        names = _names(section)
-        name = path.rsplit(".", 1)[-1]
-        return f"{path}: unknown key (given {_show(given)}); allowed: {', '.join(names)}{nearest(name, names)}"
-    if kind == "missing":
-        return f"{path}: missing; it has no default, add it to the experiment file"
-    if kind == "value_error":
-        text = str(error["ctx"]["error"])
-        return f"{path}: {text}" if path and not text.startswith(path) else text
-    if kind in ("union_tag_invalid", "literal_error"):
-        expected = error["ctx"].get("expected_tags") or error["ctx"].get("expected", "")
-        names = [n.strip(" '") for n in expected.replace(" or ", ", ").split(",")]
-        if kind == "union_tag_invalid":
-            path, given = f"{path}.name", error["ctx"].get("tag")
-        return f"{path}: given {_show(given)}; allowed: {', '.join(names)}{nearest(str(given), names)}"
-    if kind == "union_tag_not_found":
-        return f"{path}.name: missing; say which one"
-    return f"{path}: given {_show(given)}; {text[0].lower() + text[1:]}"
-
-
-def _where(schema: type[BaseModel], loc: tuple[Any, ...]) -> tuple[str, type[BaseModel] | None]:
-    """Error location → dotted key as the person wrote it, and the section it stands in.
-
-    Pydantic puts a union's tag into the location; it is not a key of the file and is left out.
-    """
-    keys: list[str] = []
-    choices: list[type[BaseModel]] = [schema]
-    section: type[BaseModel] | None = schema
-    for part in loc:
-        section = choices[0] if len(choices) == 1 else section
-        if len(choices) > 1:  # `part` is the tag that picked one of a union
-            choices = [c for c in choices if part in _tags(c)] or choices[:1]
-            section = choices[0]
-            continue
-        keys.append(str(part))
-        field = choices[0].model_fields.get(str(part)) if choices else None
-        choices = _sections(field.annotation) if field else []
-    return ".".join(keys), section
-
-
-def _tags(section: type[BaseModel]) -> tuple[Any, ...]:
-    field = section.model_fields.get("name")
-    return typing.get_args(field.annotation) if field else ()
-
-
-def _sections(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
-        return [s for arg in typing.get_args(annotation) for s in _sections(arg)]
-    return []
-
-
-def _names(section: type[BaseModel] | None) -> list[str]:
-    return list(section.model_fields) if section else []
-
-
-def _show(value: Any) -> str:
-    text = json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
+        raise UserError(one_line(schema, error.errors())) from None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from vitlab.config import Config, UserError, free, load
+from vitlab.config import Config, UserError, build, free, load, resolved
 from vitlab.data import AugmentConfig, ShardsConfig
 from vitlab.engine.launch import ClusterConfig
 from vitlab.engine.loop import LoopConfig
@@ -53,6 +54,18 @@ class TuneConfig(Config):
     reduction: int = Field(3, gt=1, description="ASHA keeps one of so many at each rung")
     concurrent: int = free(2, gt=0, description="trials at a time")
     workers: int = free(0, ge=0, description="workers of a trial; 0: in the trial's own process")
+
+
+def changed(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of plain data with values set by dotted keys."""
+    out = copy.deepcopy(dict(tree))
+    for key, value in changes.items():
+        *parents, leaf = key.split(".")
+        at = out
+        for name in parents:
+            at = at.setdefault(name, {})
+        at[leaf] = value
+    return out
 
 
 Stage = Annotated[TrainConfig | None, Field(default=None)]
@@ -104,6 +117,8 @@ def _problems(experiment: Experiment) -> Iterator[str]:
         section = getattr(experiment, name)
         if section is not None:
             yield from _stage_problems(name, section, experiment)
+    if experiment.tune is not None:
+        yield from _tune_problems(experiment.tune, experiment)
 
 
 def _stage_problems(name: str, stage: TrainConfig, experiment: Experiment) -> Iterator[str]:
@@ -131,6 +146,21 @@ def _stage_problems(name: str, stage: TrainConfig, experiment: Experiment) -> It
     if (name == "distill") != (stage.method.name == "distill"):
         allowed = "distill" if name == "distill" else "supervised, mae"
         yield f"{name}.method.name: given {stage.method.name!r}; allowed in this stage: {allowed}"
+
+
+def _tune_problems(tune: TuneConfig, experiment: Experiment) -> Iterator[str]:
+    if experiment.finetune is None:
+        yield "tune: given without a finetune section, which is what it searches over"
+        return
+    if not tune.space:
+        yield "tune.space: empty; name keys of finetune, as `optim.lr: {low: 1e-4, high: 1e-2, log: true}`"
+    stage = resolved(experiment.finetune)
+    for key, span in tune.space.items():
+        for value in span if isinstance(span, list) else (span.low, span.high):
+            try:
+                build(TrainConfig, changed(stage, {key: value}))
+            except UserError as error:
+                yield f"tune.space: finetune.{error}"
 
 
 def _divisors(n: int) -> str:

@@ -22,11 +22,9 @@ from vitlab.config import UserError
 
 def repository() -> Path | None:
     """The checkout that vitlab is installed from, if it is an editable installation."""
-    try:
-        text = importlib.metadata.distribution("vitlab").read_text("direct_url.json")
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    source = json.loads(text or "{}")
+    # A build folder in the working directory describes the same package, without saying where it is from.
+    notes = (d.read_text("direct_url.json") for d in importlib.metadata.distributions(name="vitlab"))
+    source = json.loads(next((note for note in notes if note), "{}"))
     if not source.get("dir_info", {}).get("editable"):
         return None
     path = Path(unquote(urlparse(source["url"]).path))

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import yaml
 
@@ -27,23 +27,39 @@ from vitlab.face import Face, Line, Row
 from vitlab.home import git_sha, home, locked
 from vitlab.models import Loaded, load_model
 from vitlab.tracking import Store, TrackingConfig
-from vitlab.work import EvaluateJob, Job, Place, TrainJob, forget, work
+from vitlab.work import EvaluateJob, Place, TrainJob, forget, work
 
 # Raised when the same config must give another result than before: part of every key of the stage.
-REVISION = {"pretrain": 1, "finetune": 1, "distill": 1, "evaluate": 1}
+REVISION = {"pretrain": 1, "finetune": 1, "distill": 1, "evaluate": 1, "search": 1}
 SEEN = ("image_size", "channels", "streams", "window", "mean", "std")  # data settings that decide a result
+Result = dict[str, Any]  # of a job: artifact, metrics, seconds
+
+
+class Done(NamedTuple):
+    """A stage of this run that is done."""
+
+    artifact: Artifact
+    metrics: dict[str, float]
 
 
 class Run:
     """One run of a pipeline: its MLflow run, its workers, and what it prints."""
 
-    def __init__(self, experiment: Experiment, pipeline: str = "notebook", face: Face | None = None) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        pipeline: str = "notebook",
+        *,
+        face: Face | None = None,
+        search: str | None = None,
+        listen: Callable[[str, Any], None] | None = None,
+    ) -> None:
+        """`search`: the MLflow run of the search that this is a trial of; `listen` hears the workers."""
         self.experiment, self.pipeline = experiment, pipeline
         self.face = face or Face()
         self.home = home()
-        self.parent: str | None = None  # MLflow nests stage runs only under a search
-        self.listen: Callable[[str, Any], None] = lambda kind, payload: None
-        self.stages: dict[str, str] = {}  # stage label → run id
+        self.search, self.listen = search, listen
+        self.done: dict[str, Done] = {}  # by label
         self.line: Line | None = None
 
     def __enter__(self) -> Self:
@@ -54,16 +70,16 @@ class Run:
         cluster = self.experiment.cluster
         self.session = Session(cluster, self.home, work, self._event, not self.store.remote)
         self.git_sha = git_sha()
-        self.run_id = self._start_pipeline()
+        self.run_id = self.search or self._start_pipeline()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         try:
             self.session.close()
         finally:
-            status = "FINISHED" if kind is None else "KILLED" if kind is KeyboardInterrupt else "FAILED"
-            self.store.status(self.run_id, status)
-        if kind is None:
+            if self.search is None:
+                self.store.status(self.run_id, _status(kind))
+        if kind is None and self.search is None:
             self._summary()
 
     # ------------------------------------------------------------ the stages
@@ -89,29 +105,47 @@ class Run:
         return self._train("distill", label, config, data, {"teacher": teacher, "init": init})
 
     def evaluate(self, config: EvaluateConfig, *, data: Shards, model: Artifact, label: str = "evaluate") -> Artifact:
-        def job(place: Place, token: str) -> EvaluateJob:
-            return EvaluateJob(config, place, model.folder, label)
-
         if not data.count(config.split):
             have = ", ".join(split for split in data.splits if data.count(split))
             raise UserError(f"evaluate.split: given {config.split!r}; the shards have: {have}")
-        return self._stage("evaluate", label, config, data, {"model": model}, job)
+        inputs = {"model": model}
 
-    def _train(self, stage: str, label: str, config: TrainConfig, data: Shards, inputs: dict[str, Artifact | None]) -> Artifact:
+        def do(run_id: str) -> Result:
+            return self.session.run(EvaluateJob(config, self._place(run_id, data), model.folder, label))
+
+        return self.stage("evaluate", label, config, data, inputs, do)
+
+    def _train(
+        self, stage: str, label: str, config: TrainConfig, data: Shards, inputs: dict[str, Artifact | None]
+    ) -> Artifact:
         given = {name: artifact for name, artifact in inputs.items() if artifact is not None}
         folders = {name: artifact.folder for name, artifact in given.items()}
 
-        def job(place: Place, token: str) -> TrainJob:
-            cluster, kept = self.experiment.cluster, self._checkpoints(place.run_id)
-            return TrainJob(stage, config, self.experiment.seed, place, cluster.zero, kept, token, **folders)
+        def do(run_id: str) -> Result:
+            experiment, kept = self.experiment, self._checkpoints(run_id)
+            token, place = Fence(kept).take(), self._place(run_id, data)
+            job = TrainJob(stage, config, experiment.seed, place, experiment.cluster.zero, kept, token, **folders)
+            return self.session.run(job)
 
-        return self._stage(stage, label, config, data, given, job)
+        return self.stage(stage, label, config, data, given, do)
+
+    def _place(self, run_id: str, data: Shards) -> Place:
+        experiment = self.experiment
+        loaders = experiment.cluster.loaders
+        return Place(self.home, experiment.tracking, run_id, data.path, experiment.data, loaders)
 
     # ------------------------------------------------------------ hit, resume or run
 
-    def _stage(
-        self, stage: str, label: str, config: Config, data: Shards, inputs: dict[str, Artifact], job: Callable[[Place, str], Job]
+    def stage(
+        self,
+        stage: str,
+        label: str,
+        config: Config,
+        data: Shards,
+        inputs: dict[str, Artifact],
+        do: Callable[[str], Result],
     ) -> Artifact:
+        """One stage by its content key; `do` gets the MLflow run to write to when there is work."""
         begin = time.monotonic()
         seen = {name: getattr(self.experiment.data, name) for name in SEEN}
         digests = {name: artifact.digest for name, artifact in inputs.items()}
@@ -123,10 +157,7 @@ class Run:
                 if claim.artifact is not None:
                     return self._done(label, "hit", begin, claim.artifact, claim.metrics)
                 run_id, resumed = self._open(stage, label, config, claim, inputs, data)
-                result = self._do(run_id, job, data)
-                self.store.metrics(run_id, {f"time/{name}_s": t for name, t in result["seconds"].items()})
-                self.store.status(run_id, "FINISHED")
-                forget(self._checkpoints(run_id))
+                result = self._do(run_id, do)
         return self._done(label, "resumed" if resumed else "ran", begin, result["artifact"], result["metrics"])
 
     def _open(
@@ -149,25 +180,28 @@ class Run:
             "vitlab.revision": str(REVISION[stage]),
         }
         params = {"seed": self.experiment.seed} | flatten({stage: resolved(config), "data": resolved(self.experiment.data)})
-        return self.store.start(_title(label, config), tags, params, self.parent), False
+        return self.store.start(_title(label, config), tags, params, self.search), False
 
-    def _do(self, run_id: str, job: Callable[[Place, str], Job], data: Shards) -> dict[str, Any]:
-        experiment = self.experiment
-        place = Place(self.home, experiment.tracking, run_id, data.path, experiment.data, experiment.cluster.loaders)
-        token = Fence(self._checkpoints(run_id)).take()
+    def _do(self, run_id: str, do: Callable[[str], Result]) -> Result:
         try:
-            return self.session.run(job(place, token))
+            result = do(run_id)
         except BaseException as error:
-            self.store.status(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            self.store.status(run_id, _status(type(error)))
             raise
+        self.store.metrics(run_id, {f"time/{name}_s": t for name, t in result["seconds"].items()})
+        self.store.status(run_id, "FINISHED")
+        forget(self._checkpoints(run_id))
+        return result
 
     def _checkpoints(self, run_id: str) -> Path:
         return self.home / "checkpoints" / run_id
 
     def _done(self, label: str, outcome: cache.Outcome, begin: float, artifact: Artifact, metrics: dict[str, float]) -> Artifact:
-        self.stages[label] = artifact.run_id
+        self.done[label] = Done(artifact, metrics)
         figure = _figure(metrics)
         self.face.done(Row(label, outcome, time.monotonic() - begin, figure, artifact.run_id))
+        if self.search is not None:
+            return artifact
         self.store.tag(self.run_id, {f"vitlab.run.{label}": artifact.run_id, f"vitlab.outcome.{label}": outcome})
         headline = {n: v for n, v in metrics.items() if n.startswith(("val/", "eval/")) and "/class/" not in n}
         self.store.metrics(self.run_id, {f"{label}/{n}": v for n, v in headline.items()})
@@ -180,7 +214,8 @@ class Run:
             self.line.progress(*payload)
         elif self.line is not None and kind == "restarted":
             self.line.note("a worker was lost; the group started again from the last checkpoint")
-        self.listen(kind, payload)
+        if self.listen is not None:
+            self.listen(kind, payload)
 
     # ------------------------------------------------------------ the pipeline's own run
 
@@ -198,14 +233,18 @@ class Run:
         total = time.monotonic() - self.began
         self.face.table(f"{self.pipeline} · {self.experiment.name} · {total:.0f} s")
         self.face.print(f"curves   {self.store.curves()}")
-        for label, stage in (("finetune", "finetune"), ("pretrain", "pretrain")):
-            if label in self.stages:
-                mine = self.stages[label]
-                others = [r.run_id for r in self.store.find({"vitlab.stage": stage}) if r.status == "FINISHED" and r.run_id != mine]
-                self.face.print(f"compare  {self.store.comparison([mine, *others[:4]])}")
-                break
+        stage = next((s for s in ("search", "finetune", "pretrain") if s in self.done), None)
+        if stage is not None:
+            mine = self.done[stage].artifact.run_id
+            found = self.store.find({"vitlab.stage": "finetune" if stage == "search" else stage})
+            others = [r.run_id for r in found if r.status == "FINISHED" and r.run_id != mine]
+            self.face.print(f"compare  {self.store.comparison([mine, *others[:4]])}")
         if not self.store.remote:
             self.face.print("open     make ui   (then the links above show the curves and the params side by side)")
+
+
+def _status(error: type[BaseException] | None) -> str:
+    return "FINISHED" if error is None else "KILLED" if error is KeyboardInterrupt else "FAILED"
 
 
 def _title(label: str, config: Config) -> str:

@@ -6,31 +6,49 @@ through explicit clients; no global "active run" exists.
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import http.client
 import json
-import logging
 import os
 import queue
-import socket
+import shutil
+import tempfile
 import threading
 import time
+import urllib.error
+import urllib.request
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
-from urllib.parse import quote, urlparse
+from typing import Any, Literal, NamedTuple
+from urllib.parse import quote, unquote, urlsplit
 
-from pydantic import Field
+from pydantic import field_validator
 
-from vitlab.config import Config, UserError, free
+from vitlab.config import Config, UserError, free, without_password
 from vitlab.home import locked
 
 UI = "http://127.0.0.1:5000"
-BATCH = 900  # MLflow takes at most 1000 metrics in one call
+BATCH = 900  # MLflow takes at most 1000 metrics in one call,
+PARAMS = 100  # so many params,
+PARAM_LENGTH = 6000  # and so long a param
+GATHER = 0.2  # seconds in which points are gathered for one call
+PATIENCE = 5.0  # seconds that a server has to say that it is there
 
 
 class TrackingConfig(Config):
-    uri: str | None = free(None, description="an MLflow server; by default a SQLite file in the home folder")
+    uri: str | None = free(
+        None, repr=False, description="an MLflow server; by default a SQLite file in the home folder"
+    )
     experiment: str = free("vitlab", min_length=1)
+
+    @field_validator("uri")
+    @classmethod
+    def _known(cls, uri: str | None) -> str | None:
+        if uri is not None:
+            _check_uri(uri)
+        return uri
 
 
 class Found(NamedTuple):
@@ -44,36 +62,63 @@ class Found(NamedTuple):
 
 
 class Store:
-    """One MLflow experiment in one tracking store."""
+    """One MLflow experiment in one tracking store.
+
+    `config` holds the address that was found, whoever gave it: hand that one to other processes.
+    """
 
     def __init__(self, config: TrackingConfig, home: Path) -> None:
-        self.config, self.home = config, home
-        self.uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home}/mlflow.db"
-        self.remote = self.uri.startswith("http")
+        given = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home}/mlflow.db"
+        _check_uri(given)
+        self.config, self.home = config.model_copy(update={"uri": given}), home
+        self.uri = without_password(given).rstrip("/")
+        self.remote = given.startswith("http")
         if self.remote:
+            _sign_in(given)
             _reach(self.uri)
-        self.client = _client(self.uri)
         with locked(home / "mlflow.lock"):  # two processes that create one SQLite file break each other
+            self.home_id = _home_id(home)
+            self.client = _client(self.uri)
             self.experiment_id = self._experiment()
 
     def _experiment(self) -> str:
-        found = self.client.get_experiment_by_name(self.config.experiment)
-        if found is not None:
-            return str(found.experiment_id)
+        from mlflow.exceptions import MlflowException
+
+        name = self.config.experiment
         place = None if self.remote else (self.home / "artifacts").as_uri()
-        return str(self.client.create_experiment(self.config.experiment, artifact_location=place))
+        try:
+            found = self.client.get_experiment_by_name(name)
+            if found is None:
+                try:
+                    return str(self.client.create_experiment(name, artifact_location=place))
+                except MlflowException as error:
+                    if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                        raise
+                    found = self.client.get_experiment_by_name(name)  # another machine was faster
+        except MlflowException as error:
+            raise UserError(f"tracking.uri: {self.uri} cannot be used: {_first_line(error)}") from None
+        if found.lifecycle_stage != "active":
+            raise UserError(
+                f"tracking.experiment: given {name!r}, which was deleted in MLflow; give another name, "
+                f"or restore it: mlflow experiments restore -x {found.experiment_id}"
+            )
+        return str(found.experiment_id)
 
     # ------------------------------------------------------------ runs
 
-    def start(self, name: str, tags: Mapping[str, str], params: Mapping[str, Any], parent: str | None = None) -> str:
-        links = {"mlflow.parentRunId": parent} if parent else {}
-        tags = {"mlflow.source.name": "vitlab", "mlflow.user": _user(), **tags, **links}
-        run = self.client.create_run(self.experiment_id, tags=tags, run_name=name)
+    def start(
+        self, name: str, tags: Mapping[str, str], params: Mapping[str, Any], parent: str | None = None
+    ) -> str:
+        """A new run. Its tags come last: a run that was killed half-way here is found by nobody."""
+        first = {"mlflow.source.name": "vitlab", "mlflow.user": _user()}
+        first |= {"mlflow.parentRunId": parent} if parent else {}
+        run_id = str(self.client.create_run(self.experiment_id, tags=first, run_name=name).info.run_id)
         entities = _entities()
         items = [entities.Param(key, _param(value)) for key, value in params.items()]
-        for begin in range(0, len(items), 100):
-            self.client.log_batch(run.info.run_id, params=items[begin : begin + 100])
-        return str(run.info.run_id)
+        for begin in range(0, len(items), PARAMS):
+            self.client.log_batch(run_id, params=items[begin : begin + PARAMS])
+        self.tag(run_id, {"vitlab.home": self.home_id, **tags})
+        return run_id
 
     def status(self, run_id: str, status: str) -> None:
         if status == "RUNNING":
@@ -88,11 +133,13 @@ class Store:
     def find(self, tags: Mapping[str, str], limit: int = 50) -> list[Found]:
         """Runs that carry these tags, newest first."""
         query = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
-        runs = self.client.search_runs([self.experiment_id], query, max_results=limit, order_by=["start_time DESC"])
-        return [
-            Found(r.info.run_id, r.info.status, dict(r.data.tags), dict(r.data.metrics), r.info.run_name or "")
-            for r in runs
-        ]
+        runs = self.client.search_runs(
+            [self.experiment_id], query, max_results=limit, order_by=["start_time DESC"]
+        )
+        return [_found(run) for run in runs]
+
+    def get(self, run_id: str) -> Found:
+        return _found(self.client.get_run(run_id))
 
     def metrics(self, run_id: str, values: Mapping[str, float], step: int = 0) -> None:
         entities, now = _entities(), int(time.time() * 1000)
@@ -108,20 +155,36 @@ class Store:
     def upload_file(self, run_id: str, file: Path, path: str) -> None:
         self.client.log_artifact(run_id, str(file), path)
 
+    def clear(self, run_id: str, path: str) -> None:
+        """Removes a folder of artifacts, if there is one."""
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        if self.client.list_artifacts(run_id, path):
+            place = self.client.get_run(run_id).info.artifact_uri
+            get_artifact_repository(place, tracking_uri=self.uri).delete_artifacts(path)
+
     def download(self, run_id: str, path: str) -> Path | None:
-        """A local copy (the files themselves if they are local), or None if they are not there."""
+        """A local copy of a folder (the folder itself if it is local), or None if it is not there."""
         if not self.client.list_artifacts(run_id, path):
             return None
-        if self.remote:
-            target = self.home / "downloads" / run_id
-            target.mkdir(parents=True, exist_ok=True)
-            return Path(self.client.download_artifacts(run_id, path, str(target)))
-        return Path(self.client.download_artifacts(run_id, path))
+        if not self.remote:
+            return Path(self.client.download_artifacts(run_id, path))
+        target = self.home / "downloads" / run_id / path
+        with locked(self.home / "downloads" / f"{run_id}.lock"):
+            with tempfile.TemporaryDirectory(dir=self.home / "downloads") as scratch:
+                fresh = Path(self.client.download_artifacts(run_id, path, scratch))
+                if target.exists():  # what an earlier download left must not mix with this one
+                    if folder_digest(target) == folder_digest(fresh):
+                        return target
+                    shutil.rmtree(target)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                fresh.replace(target)
+        return target
 
     # ------------------------------------------------------------ what a person opens
 
     def ui(self) -> str:
-        return self.uri.rstrip("/") if self.remote else UI
+        return self.uri if self.remote else UI
 
     def curves(self, stage: str | None = None) -> str:
         """All curves overlaid in the chart view, without a click."""
@@ -146,7 +209,7 @@ class Metrics:
     def __init__(self, store: Store, run_id: str) -> None:
         self.store, self.run_id = store, run_id
         self.last = self._last_steps()
-        self.points: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.points: queue.SimpleQueue[Any] = queue.SimpleQueue()  # points; an event: flush; None: the end
         self.error: Exception | None = None
         self.thread = threading.Thread(target=self._write, name="vitlab-metrics", daemon=True)
         self.thread.start()
@@ -158,11 +221,10 @@ class Metrics:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._check()
-        now = int(time.time() * 1000)
-        fresh = {n: v for n, v in values.items() if step > self.last.get(n, -1)}
+        fresh = {n: float(v) for n, v in values.items() if step > self.last.get(n, -1)}
         self.last |= dict.fromkeys(fresh, step)
         if fresh:
-            self.points.put((step, now, fresh))
+            self.points.put((step, int(time.time() * 1000), fresh))
 
     def flush(self) -> None:
         """Returns when everything logged before is in the store."""
@@ -179,26 +241,41 @@ class Metrics:
 
     def _check(self) -> None:
         if self.error is not None:
-            raise RuntimeError(f"metrics could not be written to {self.store.uri}: {self.error}") from self.error
+            text = f"metrics could not be written to {self.store.uri}: {_first_line(self.error)}"
+            raise RuntimeError(text) from self.error
+        if not self.thread.is_alive():
+            raise RuntimeError("these metrics were closed before")
 
     def _write(self) -> None:
-        entities = _entities()
         going = True
         while going:
-            items = [self.points.get()]
-            time.sleep(0.2 if not isinstance(items[0], threading.Event) and items[0] else 0)
-            while not self.points.empty():
-                items.append(self.points.get())
-            points = [entities.Metric(n, v, t, s) for i in items if isinstance(i, tuple) for s, t, vs in [i] for n, v in vs.items()]
+            points, end = self._gather()
             try:
                 for begin in range(0, len(points), BATCH):
                     self.store.client.log_batch(self.run_id, metrics=points[begin : begin + BATCH])
             except Exception as error:  # handed to the thread that logs
-                self.error, going = error, False
-            for item in items:
-                if isinstance(item, threading.Event):
-                    item.set()
-                going = going and item is not None
+                self.error = error
+            going = end is not None and self.error is None
+            if end:
+                end.set()
+
+    def _gather(self) -> tuple[list[Any], threading.Event | Literal[False] | None]:
+        """Points of a short while, and what ended it: a flush, the close (None), or the time (False)."""
+        entities, points = _entities(), list[Any]()
+        item, until = self.points.get(), time.monotonic() + GATHER
+        while isinstance(item, tuple):
+            step, when, values = item
+            points += [entities.Metric(name, value, when, step) for name, value in values.items()]
+            try:
+                item = self.points.get(timeout=max(0.0, until - time.monotonic()))
+            except queue.Empty:
+                return points, False
+        return points, item
+
+
+def _found(run: Any) -> Found:
+    info, data = run.info, run.data
+    return Found(info.run_id, info.status, dict(data.tags), dict(data.metrics), info.run_name or "")
 
 
 def folder_digest(folder: Path) -> str:
@@ -216,7 +293,6 @@ def _client(uri: str) -> Any:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    logging.getLogger("alembic").setLevel(logging.WARNING)
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri)
@@ -228,17 +304,73 @@ def _entities() -> Any:
     return entities
 
 
+def _check_uri(uri: str) -> None:
+    parts = urlsplit(uri)
+    server = parts.scheme in ("http", "https") and parts.hostname
+    file = parts.scheme == "sqlite" and uri.startswith("sqlite:////")
+    if not server and not file:
+        raise UserError(
+            f"tracking.uri: given {without_password(uri)!r}; allowed: an MLflow server, http://HOST:5000, "
+            "or a file by its absolute path, sqlite:////PATH/mlflow.db"
+        )
+
+
+def _sign_in(uri: str) -> None:
+    """MLflow takes a name and a password from the environment; in the address they would be printed."""
+    parts = urlsplit(uri)
+    if parts.username is not None:
+        os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username)
+        os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password or "")
+
+
 def _reach(uri: str) -> None:
     """A server that does not answer is one line now, not two minutes of retries later."""
-    parts = urlparse(uri)
-    port = parts.port or (443 if parts.scheme == "https" else 80)
+    found: queue.SimpleQueue[str] = queue.SimpleQueue()
+    # In a thread: neither a slow name server nor a slowly dripping answer is covered by urlopen's timeout.
+    threading.Thread(target=lambda: found.put(_health(uri)), daemon=True).start()
     try:
-        socket.create_connection((parts.hostname or "", port), timeout=5).close()
-    except OSError as error:
+        problem = found.get(timeout=PATIENCE)
+    except queue.Empty:
+        problem = f"no answer within {PATIENCE:.0f} s"
+    if problem:
         raise UserError(
-            f"tracking.uri: {parts.scheme}://{parts.hostname}:{port} does not answer ({error.strerror or error}); "
-            "start the MLflow server, or leave tracking.uri out to use a local file"
-        ) from None
+            f"tracking.uri: {uri} does not answer as an MLflow server ({problem}); "
+            "start it or mend the address, or leave tracking.uri out to use a local file"
+        )
+
+
+def _health(uri: str) -> str:
+    """What is wrong with a server; empty if nothing is."""
+    request = urllib.request.Request(f"{uri}/health")  # noqa: S310  (_check_uri: http or https)
+    name, password = (os.environ.get(f"MLFLOW_TRACKING_{n}") for n in ("USERNAME", "PASSWORD"))
+    if name:
+        token = base64.b64encode(f"{name}:{password or ''}".encode()).decode()
+        request.add_header("Authorization", f"Basic {token}")
+    try:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:  # noqa: S310
+            answer.read(100)
+    except urllib.error.HTTPError as error:
+        error.close()
+        hint = "; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" if error.code == 401 else ""
+        return f"HTTP {error.code} {error.reason} for /health{hint}"
+    except urllib.error.URLError as error:
+        return str(getattr(error.reason, "strerror", None) or error.reason)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        return str(error) or type(error).__name__
+    return ""
+
+
+def _home_id(home: Path) -> str:
+    """Tells home folders on different machines apart, and stays when a folder is moved."""
+    file = home / "id"
+    if not file.is_file():
+        file.write_text(uuid.uuid4().hex)
+    return file.read_text()
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return without_password(lines[0]) if lines else type(error).__name__
 
 
 def _user() -> str:
@@ -251,4 +383,5 @@ def _user() -> str:
 
 
 def _param(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = without_password(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    return text if len(text) <= PARAM_LENGTH else text[: PARAM_LENGTH - 1] + "…"

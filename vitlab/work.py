@@ -303,7 +303,7 @@ class Recorder:
             self.shown = now
             self.post("progress", (step, total, values))
         if validated:
-            self.post("validated", (step, values))
+            self.post("validated", (step / total, values))
 
     def close(self) -> None:
         self.metrics.close()

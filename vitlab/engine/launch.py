@@ -106,7 +106,7 @@ class Session:
     def _start(self) -> None:
         self.on_event("say", "starting Ray")
         self.logs.mkdir(parents=True, exist_ok=True)
-        self._connect()
+        self.own_ray = connect(self.config, int(self.config.workers * self.config.cpus_per_worker) + 1)
         import ray
 
         if self.local_store and len([n for n in ray.nodes() if n["Alive"]]) > 1:
@@ -119,22 +119,6 @@ class Session:
         trainer = self._trainer()
         self.fit = threading.Thread(target=self._fit, args=(trainer,), name="vitlab-fit", daemon=True)
         self.fit.start()
-
-    def _connect(self) -> None:
-        for name, value in _environment(self.config.threads).items():
-            os.environ.setdefault(name, value)
-        import ray
-
-        if ray.is_initialized():
-            return
-        address = self.config.address or os.environ.get("RAY_ADDRESS")
-        quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
-        if address:
-            ray.init(address=address, **quiet)
-        else:
-            needed = int(self.config.workers * self.config.cpus_per_worker) + 1
-            ray.init(address="local", num_cpus=max(os.cpu_count() or 1, needed), include_dashboard=False, **quiet)
-        self.own_ray = True
 
     def _trainer(self) -> Any:
         import ray
@@ -165,6 +149,26 @@ class Session:
             trainer.fit()
         except BaseException as error:  # handed to the thread that waits for the job
             self.fit_error = error
+
+
+def connect(config: ClusterConfig, cpus: int, dashboard: bool = False) -> bool:
+    """Joins a Ray cluster, or starts one here with at least so many CPUs; whether it is ours to stop."""
+    environment = _environment(config.threads)
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():
+        return False
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    if address:
+        here = {name: os.environ[name] for name in ("VITLAB_HOME", "VITLAB_GIT_SHA") if name in os.environ}
+        ray.init(address=address, runtime_env={"env_vars": environment | here}, **quiet)
+    else:
+        # Without the dashboard Ray is up sooner; a search needs it, to clean up after trials it stops.
+        ray.init(address="local", num_cpus=max(os.cpu_count() or 1, cpus), include_dashboard=dashboard, **quiet)
+    return True
 
 
 class Desk:
@@ -261,6 +265,7 @@ def _environment(threads: int) -> dict[str, str]:
         "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads slow shared machines down tenfold
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
         "RAY_TRAIN_ENABLE_V2": "1",
+        "RAY_AIR_NEW_OUTPUT": "0",  # Tune's own progress; the live line has it
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "TORCHDYNAMO_DISABLE": "1",  # torch.compile is not used yet; its import costs seconds

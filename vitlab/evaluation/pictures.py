@@ -34,7 +34,7 @@ def confusion_table(tally: Tally, labels: list[str]) -> str:
 
 def confusion_figure(tally: Tally, labels: list[str], title: str) -> Figure:
     """Rows are true classes, in per cent of the row; the diagonal is what is right."""
-    figure = _figure(3 + 0.42 * min(len(labels), 40))
+    figure = blank_figure(3 + 0.42 * min(len(labels), 40))
     axes = figure.add_subplot()
     counts = tally.confusion
     share = counts / counts.sum(1, keepdim=True).clamp(min=1)
@@ -55,7 +55,7 @@ def confusion_figure(tally: Tally, labels: list[str], title: str) -> Figure:
 def reconstruction_figure(original: Tensor, masked: Tensor, painted: Tensor, title: str) -> Figure:
     """Three rows: the image, what the encoder saw, what the decoder painted. Values in 0..1, B C H W."""
     count = len(original)
-    figure = _figure(0.9 * count + 0.8, 3.2)
+    figure = blank_figure(0.9 * count + 0.8, 3.2)
     for r, (name, images) in enumerate((("image", original), ("visible", masked), ("painted", painted))):
         for c in range(count):
             axes = figure.add_subplot(3, count, r * count + c + 1)
@@ -69,7 +69,8 @@ def reconstruction_figure(original: Tensor, masked: Tensor, painted: Tensor, tit
     return figure
 
 
-def _figure(width: float, height: float | None = None) -> Figure:
+def blank_figure(width: float, height: float | None = None) -> Figure:
+    """An empty figure that needs no display; square unless a height is given."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,0 +1,43 @@
+"""The picture of a search: what each setting did to the figure that was searched for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from vitlab.evaluation.pictures import blank_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class Trial(NamedTuple):
+    """One sampled setting and how far it came."""
+
+    choice: dict[str, Any]
+    figure: float
+    epochs: float
+    run_id: str | None  # None: stopped early
+
+
+def search_figure(trials: list[Trial], metric: str, logs: set[str]) -> Figure:
+    """One panel a setting, one dot a trial; hollow dots were stopped early. `logs`: on a log axis."""
+    names = sorted({name for trial in trials for name in trial.choice})
+    figure = blank_figure(3.2 * len(names), 3.0)
+    best = max((t for t in trials if t.run_id), key=lambda t: t.figure, default=None)
+    for i, name in enumerate(names):
+        axes = figure.add_subplot(1, len(names), i + 1)
+        for trial in trials:
+            color = "#c0392b" if trial is best else "#1f4e79"
+            face = color if trial.run_id else "none"
+            value = trial.choice[name]
+            value = value if isinstance(value, int | float) else str(value)
+            axes.scatter(value, trial.figure, s=36, edgecolors=color, facecolors=face)
+        if name in logs:
+            axes.set_xscale("log")
+        axes.set_xlabel(name)
+        axes.grid(alpha=0.3)
+        if i == 0:
+            axes.set_ylabel(metric)
+    figure.suptitle(f"{len(trials)} trials · red is the best · hollow was stopped early", fontsize=10)
+    figure.tight_layout()
+    return figure

@@ -1,0 +1,234 @@
+"""A search over the fine-tune stage with Ray Tune: ASHA (Li et al., 2018) over random samples.
+
+A trial calls the same stage as a pipeline does, with the same content key, so a finished trial is a hit
+for whoever needs that model later. Trials are MLflow children of the search's run.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from vitlab.cache import Artifact, present, publish
+from vitlab.config import Config, UserError, build, resolved
+from vitlab.data import Shards, open_shards
+from vitlab.engine.launch import JobFailed, connect
+from vitlab.evaluation import save_figure
+from vitlab.evaluation.search import Trial, search_figure
+from vitlab.experiment import Between, Experiment, TrainConfig, TuneConfig, changed
+from vitlab.face import Face, Line
+from vitlab.stages import Result, Run
+
+
+class Space(Config):
+    """What decides a search's result."""
+
+    stage: TrainConfig
+    search: TuneConfig
+
+
+def search(run: Run, config: TrainConfig, tune: TuneConfig, *, data: Shards, init: Artifact | None = None) -> Artifact:
+    """The model of the best trial."""
+    inputs = {"init": init} if init is not None else {}
+    both = Space(stage=config, search=tune)
+
+    def do(run_id: str) -> Result:
+        return _search(run, both, run_id, data, init)
+
+    run.stage("search", "search", both, data, inputs, do)
+    best = _best(run, run.done["search"].artifact)
+    if best is None:
+        raise UserError("search: the best trial's model was deleted; delete the search's run too, then start again")
+    return best
+
+
+def _best(run: Run, found: Artifact) -> Artifact | None:
+    report = json.loads((found.folder / "search.json").read_text())
+    return present(run.store, report["best"], run.store.get(report["best"]).tags)
+
+
+def _search(run: Run, both: Space, run_id: str, data: Shards, init: Artifact | None) -> Result:
+    from ray import tune as ray_tune
+
+    begin, config = time.monotonic(), both.search
+    if run.line is not None:
+        run.line.say("starting Ray")
+    run.session.close()  # its workers would keep the CPUs that the trials need
+    cluster = run.experiment.cluster
+    each = max(1.0, config.workers * cluster.cpus_per_worker)
+    ours = connect(cluster, int(config.concurrent * each) + 1, dashboard=True)
+    try:
+        trial = ray_tune.with_parameters(
+            _trial,
+            experiment=_of_trials(run.experiment, both),
+            metric=config.metric,
+            search=run_id,
+            shards=data.path,
+            init=init,
+        )
+        tuner = ray_tune.Tuner(
+            ray_tune.with_resources(trial, _resources(run.experiment, both)),
+            param_space={name: _sampler(span) for name, span in config.space.items()},
+            tune_config=_settings(both, run.experiment.seed),
+            run_config=ray_tune.RunConfig(
+                name=f"search-{run_id[:8]}-{int(time.time())}",
+                storage_path=str(run.home / "ray"),
+                verbose=0,
+                callbacks=[_watcher(run.line, config)] if run.line is not None else [],
+            ),
+        )
+        grid = tuner.fit()
+    finally:
+        if ours:
+            import ray
+
+            ray.shutdown()
+    return _report(run, both, run_id, grid, time.monotonic() - begin)
+
+
+def _resources(experiment: Experiment, both: Space) -> dict[str, float]:
+    """A trial that has workers of its own needs next to nothing itself."""
+    if both.search.workers:
+        return {"CPU": 0.01}
+    gpus = experiment.cluster.gpus_per_worker
+    return {"CPU": experiment.cluster.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
+
+
+def _settings(both: Space, seed: int) -> Any:
+    from ray.tune import TuneConfig as RayTuneConfig
+    from ray.tune.schedulers import ASHAScheduler
+    from ray.tune.search.basic_variant import BasicVariantGenerator
+
+    config = both.search
+    asha = ASHAScheduler(
+        time_attr="epoch",
+        max_t=both.stage.epochs,
+        grace_period=min(config.grace_epochs, both.stage.epochs),
+        reduction_factor=config.reduction,
+    )
+    sampler = BasicVariantGenerator(random_state=seed, max_concurrent=config.concurrent)
+    return RayTuneConfig(
+        metric="figure", mode=config.mode, num_samples=config.trials, scheduler=asha, search_alg=sampler
+    )
+
+
+def _sampler(span: Between | list[Any]) -> Any:
+    from ray import tune as ray_tune
+
+    if isinstance(span, list):
+        return ray_tune.choice(span)
+    return (ray_tune.loguniform if span.log else ray_tune.uniform)(span.low, span.high)
+
+
+def _of_trials(experiment: Experiment, both: Space) -> dict[str, Any]:
+    """The experiment as a trial runs it: plain data, on the trial's own workers."""
+    tree = resolved(experiment)
+    workers = both.search.workers
+    tree["cluster"] |= {"workers": workers, "address": None}
+    if workers == 0:
+        tree["cluster"]["zero"] = None
+    tree["finetune"], tree["tune"] = resolved(both.stage), None
+    return tree
+
+
+# ---------------------------------------------------------------- in the trial's process
+
+
+def _trial(
+    choice: dict[str, Any],
+    experiment: dict[str, Any],
+    metric: str,
+    search: str,
+    shards: Path,
+    init: Artifact | None,
+) -> None:
+    from ray import tune as ray_tune
+
+    tree = {**experiment, "finetune": changed(experiment["finetune"], choice)}
+    exp = build(Experiment, tree)
+    config = exp.need("finetune")
+
+    def listen(kind: str, payload: Any) -> None:
+        if kind == "validated" and payload[0] < 1 and metric in payload[1]:
+            ray_tune.report({"figure": payload[1][metric], "epoch": payload[0] * config.epochs})
+
+    with Run(exp, "search", face=Face(quiet=True), search=search, listen=listen) as run:
+        model = run.finetune(config, data=open_shards(shards), init=init)
+        metrics = run.done["finetune"].metrics
+    if metric not in metrics:
+        raise UserError(f"tune.metric: given {metric!r}; a trial has: {', '.join(sorted(metrics))}")
+    ray_tune.report({"figure": metrics[metric], "epoch": config.epochs, "run_id": model.run_id})
+
+
+# ---------------------------------------------------------------- what came of it
+
+
+def _watcher(line: Line, config: TuneConfig) -> Any:
+    """Shows on the live line how far the search is."""
+    from ray.tune import Callback
+
+    class Watcher(Callback):  # type: ignore[misc]
+        def __init__(self, line: Line | None) -> None:
+            self.line, self.best = line, None
+
+        def __getstate__(self) -> dict[str, Any]:
+            return {"line": None, "best": None}  # Tune writes its callbacks down; a screen cannot be
+
+        def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+            figure = result["figure"]
+            better = max if config.mode == "max" else min
+            self.best = figure if self.best is None else better(self.best, figure)
+            self.tell(trials)
+
+        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+            self.tell(trials)
+
+        def tell(self, trials: list[Any]) -> None:
+            ended = sum(trial.is_finished() for trial in trials)
+            running = sum(trial.status == "RUNNING" for trial in trials)
+            best = "" if self.best is None else f" · best {config.metric} {self.best:.4f}"
+            if self.line is not None:
+                self.line.say(f"trials {ended}/{config.trials} ended, {running} running{best}")
+
+    return Watcher(line)
+
+
+def _report(run: Run, both: Space, run_id: str, grid: Any, seconds: float) -> Result:
+    """Writes down every trial, closes what ASHA left open, and names the best that ran to the end."""
+    config = both.search
+    trials = [
+        Trial(r.config, r.metrics["figure"], r.metrics["epoch"], r.metrics.get("run_id"))
+        for r in grid
+        if r.metrics and "figure" in r.metrics
+    ]
+    errors = [r for r in grid if r.error is not None]
+    whole = [trial for trial in trials if trial.run_id]
+    if not whole:
+        cause = str(errors[0].error).strip().splitlines()[-1] if errors else "all were stopped early"
+        log = f"; log: {errors[0].path}" if errors else ""
+        raise JobFailed(f"search: none of {config.trials} trials ran to its end: {cause}{log}")
+    best = (max if config.mode == "max" else min)(whole, key=lambda trial: trial.figure)
+    for child in run.store.find({"mlflow.parentRunId": run_id}, limit=1000):
+        if child.status == "RUNNING":
+            run.store.tag(child.run_id, {"vitlab.stopped": "asha"})
+            run.store.status(child.run_id, "KILLED")
+    report = {
+        "best": best.run_id,
+        "metric": config.metric,
+        "choice": best.choice,
+        "trials": [trial._asdict() for trial in sorted(trials, key=lambda t: -t.figure)],
+        "failed": len(errors),
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        logs = {name for name, span in config.space.items() if isinstance(span, Between) and span.log}
+        save_figure(search_figure(trials, config.metric, logs), folder / "search.png")
+        (folder / "search.json").write_text(json.dumps(report, indent=2) + "\n")
+        artifact = publish(run.store, run_id, folder, "search")
+    metrics = {config.metric: best.figure, "search/trials": float(len(trials)), "search/stopped": float(len(trials) - len(whole))}
+    run.store.metrics(run_id, metrics)
+    run.store.tag(run_id, {"vitlab.best": str(best.run_id)})
+    return {"artifact": artifact, "metrics": metrics, "seconds": {"search": seconds}}
