@@ -18,6 +18,7 @@ FLOORS = {
     "vitlab/face.py": 1,
     "vitlab/tracking.py": 2,
     "vitlab/home.py": 1,
+    "vitlab/server.py": 1,
     "vitlab/data/": 2,
     "vitlab/models/": 2,
     "vitlab/methods/": 3,

@@ -9,6 +9,7 @@ lock that the kernel frees when it dies, however it dies.
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import time
@@ -22,6 +23,9 @@ from typing import Literal
 from vitlab.config import Config, deciding, digest
 from vitlab.home import locked
 from vitlab.tracking import Store, folder_digest
+
+LOOK_EVERY = 0.5  # seconds between two looks at a lease that another process holds
+TELL_EVERY = 30.0  # seconds between two words about who holds it
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def claim(store: Store, key: str, waiting: Callable[[str], None]) -> Iterator[Cl
 
 @contextmanager
 def _lease(path: Path, waiting: Callable[[str], None]) -> Iterator[None]:
-    told = 0.0
+    told = -math.inf
     while True:
         with locked(path, wait=False) as mine:
             if mine:
@@ -70,10 +74,10 @@ def _lease(path: Path, waiting: Callable[[str], None]) -> Iterator[None]:
                 path.write_text(json.dumps(holder))
                 yield
                 return
-        if time.monotonic() - told > 30:
+        if time.monotonic() - told > TELL_EVERY:
             told = time.monotonic()
             waiting(_holder(path))
-        time.sleep(0.5)
+        time.sleep(LOOK_EVERY)
 
 
 def _holder(path: Path) -> str:
@@ -85,13 +89,20 @@ def _holder(path: Path) -> str:
 
 
 def _look(store: Store, key: str) -> Claim:
+    """A finished run whose artifact was deleted or changed counts for nothing: it is never gone on with.
+
+    An unfinished run may be older than such a one; going on with it is right all the same, since equal
+    keys give equal results. It must have begun in this home folder: only there are its checkpoints, and
+    only there does the lease say that nobody is at work on it now.
+    """
     runs = store.find({"vitlab.key": key})
     for run in runs:
         if run.status == "FINISHED":
             artifact = present(store, run.run_id, run.tags)
             if artifact:
                 return Claim(key, artifact, run.metrics, None)
-    unfinished = next((run.run_id for run in runs if run.status != "FINISHED"), None)
+    ours = (r for r in runs if r.status != "FINISHED" and r.tags.get("vitlab.home") == store.home_id)
+    unfinished = next((run.run_id for run in ours), None)
     return Claim(key, None, {}, unfinished)
 
 
@@ -105,11 +116,18 @@ def present(store: Store, run_id: str, tags: Mapping[str, str]) -> Artifact | No
 
 
 def publish(store: Store, run_id: str, folder: Path, path: str) -> Artifact:
-    """Logs a finished stage's folder; its digest is written last, so half an upload is no artifact."""
+    """Logs a finished stage's folder; its digest is written last, so half an upload is no artifact.
+
+    What an earlier, killed attempt left there goes first, or it would stay mixed with this one.
+    """
+    store.clear(run_id, path)
     store.upload(run_id, folder, path)
     found = folder_digest(folder)
+    there = store.download(run_id, path)
+    if there is None or folder_digest(there) != found:
+        raise RuntimeError(f"{path} of run {run_id} was uploaded to {store.uri}, but came back different")
     store.tag(run_id, {"vitlab.artifact": path, "vitlab.artifact_digest": found})
-    return Artifact(run_id, path, found, store.download(run_id, path) or folder)
+    return Artifact(run_id, path, found, there)
 
 
 class Fence:

@@ -36,10 +36,14 @@ def home() -> Path:
     if given:
         if not Path(given).is_absolute():
             raise UserError(f"VITLAB_HOME: given {given!r}; it must be an absolute path, as in /data/vitlab")
+        if set(given) & set("%?#"):  # MLflow reads the path as an address and takes these for its signs
+            raise UserError(f"VITLAB_HOME: given {given!r}; it must be a path without %, ? and #")
         return Path(given)
     root = repository()
     if root is None:
-        raise UserError("VITLAB_HOME: not set; name the absolute folder for runs: export VITLAB_HOME=/data/vitlab")
+        raise UserError(
+            "VITLAB_HOME: not set; name the absolute folder for runs: export VITLAB_HOME=/data/vitlab"
+        )
     return root / "runs"
 
 

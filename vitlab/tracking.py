@@ -6,9 +6,7 @@ through explicit clients; no global "active run" exists.
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import http.client
 import json
 import os
 import queue
@@ -16,8 +14,6 @@ import shutil
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,13 +24,13 @@ from pydantic import field_validator
 
 from vitlab.config import Config, UserError, free, without_password
 from vitlab.home import locked
+from vitlab.server import check_address, reach, sign_in
 
 UI = "http://127.0.0.1:5000"
 BATCH = 900  # MLflow takes at most 1000 metrics in one call,
 PARAMS = 100  # so many params,
 PARAM_LENGTH = 6000  # and so long a param
 GATHER = 0.2  # seconds in which points are gathered for one call
-PATIENCE = 5.0  # seconds that a server has to say that it is there
 
 
 class TrackingConfig(Config):
@@ -47,7 +43,7 @@ class TrackingConfig(Config):
     @classmethod
     def _known(cls, uri: str | None) -> str | None:
         if uri is not None:
-            _check_uri(uri)
+            check_address(uri)
         return uri
 
 
@@ -69,13 +65,13 @@ class Store:
 
     def __init__(self, config: TrackingConfig, home: Path) -> None:
         given = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home}/mlflow.db"
-        _check_uri(given)
+        check_address(given)
         self.config, self.home = config.model_copy(update={"uri": given}), home
         self.uri = without_password(given).rstrip("/")
         self.remote = given.startswith("http")
         if self.remote:
-            _sign_in(given)
-            _reach(self.uri)
+            sign_in(given)
+            reach(self.uri)
         with locked(home / "mlflow.lock"):  # two processes that create one SQLite file break each other
             self.home_id = _home_id(home)
             self.client = _client(self.uri)
@@ -167,18 +163,20 @@ class Store:
         """A local copy of a folder (the folder itself if it is local), or None if it is not there."""
         if not self.client.list_artifacts(run_id, path):
             return None
-        if not self.remote:
-            return Path(self.client.download_artifacts(run_id, path))
+        if not self.remote:  # MLflow would copy it to a temporary folder that nobody removes
+            place = urlsplit(self.client.get_run(run_id).info.artifact_uri)
+            return Path(unquote(place.path)) / path
         target = self.home / "downloads" / run_id / path
-        with locked(self.home / "downloads" / f"{run_id}.lock"):
-            with tempfile.TemporaryDirectory(dir=self.home / "downloads") as scratch:
-                fresh = Path(self.client.download_artifacts(run_id, path, scratch))
-                if target.exists():  # what an earlier download left must not mix with this one
-                    if folder_digest(target) == folder_digest(fresh):
-                        return target
-                    shutil.rmtree(target)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                fresh.replace(target)
+        with (
+            locked(target.with_name(f"{target.name}.lock")),
+            tempfile.TemporaryDirectory(dir=target.parent) as scratch,
+        ):
+            fresh = Path(self.client.download_artifacts(run_id, path, scratch))
+            if target.exists():  # what an earlier download left must not mix with this one
+                if folder_digest(target) == folder_digest(fresh):
+                    return target
+                shutil.rmtree(target)
+            fresh.replace(target)
         return target
 
     # ------------------------------------------------------------ what a person opens
@@ -293,6 +291,7 @@ def _client(uri: str) -> Any:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri)
@@ -302,62 +301,6 @@ def _entities() -> Any:
     from mlflow import entities
 
     return entities
-
-
-def _check_uri(uri: str) -> None:
-    parts = urlsplit(uri)
-    server = parts.scheme in ("http", "https") and parts.hostname
-    file = parts.scheme == "sqlite" and uri.startswith("sqlite:////")
-    if not server and not file:
-        raise UserError(
-            f"tracking.uri: given {without_password(uri)!r}; allowed: an MLflow server, http://HOST:5000, "
-            "or a file by its absolute path, sqlite:////PATH/mlflow.db"
-        )
-
-
-def _sign_in(uri: str) -> None:
-    """MLflow takes a name and a password from the environment; in the address they would be printed."""
-    parts = urlsplit(uri)
-    if parts.username is not None:
-        os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username)
-        os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password or "")
-
-
-def _reach(uri: str) -> None:
-    """A server that does not answer is one line now, not two minutes of retries later."""
-    found: queue.SimpleQueue[str] = queue.SimpleQueue()
-    # In a thread: neither a slow name server nor a slowly dripping answer is covered by urlopen's timeout.
-    threading.Thread(target=lambda: found.put(_health(uri)), daemon=True).start()
-    try:
-        problem = found.get(timeout=PATIENCE)
-    except queue.Empty:
-        problem = f"no answer within {PATIENCE:.0f} s"
-    if problem:
-        raise UserError(
-            f"tracking.uri: {uri} does not answer as an MLflow server ({problem}); "
-            "start it or mend the address, or leave tracking.uri out to use a local file"
-        )
-
-
-def _health(uri: str) -> str:
-    """What is wrong with a server; empty if nothing is."""
-    request = urllib.request.Request(f"{uri}/health")  # noqa: S310  (_check_uri: http or https)
-    name, password = (os.environ.get(f"MLFLOW_TRACKING_{n}") for n in ("USERNAME", "PASSWORD"))
-    if name:
-        token = base64.b64encode(f"{name}:{password or ''}".encode()).decode()
-        request.add_header("Authorization", f"Basic {token}")
-    try:
-        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:  # noqa: S310
-            answer.read(100)
-    except urllib.error.HTTPError as error:
-        error.close()
-        hint = "; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" if error.code == 401 else ""
-        return f"HTTP {error.code} {error.reason} for /health{hint}"
-    except urllib.error.URLError as error:
-        return str(getattr(error.reason, "strerror", None) or error.reason)
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        return str(error) or type(error).__name__
-    return ""
 
 
 def _home_id(home: Path) -> str:
