@@ -47,11 +47,15 @@ DOORS = {
 
 NEVER = {("vitlab/methods/", "vitlab/data/"), ("vitlab/evaluation/", "vitlab/engine/")}
 
-SOURCES = sorted(p.relative_to(ROOT).as_posix() for d in ("vitlab", "pipelines") for p in (ROOT / d).rglob("*.py"))
+SOURCES = sorted(
+    p.relative_to(ROOT).as_posix() for d in ("vitlab", "pipelines") for p in (ROOT / d).rglob("*.py")
+)
 
 
 def floor(path: str) -> int:
-    fits = [prefix for prefix in FLOORS if path == prefix or (prefix.endswith("/") and path.startswith(prefix))]
+    fits = [
+        prefix for prefix in FLOORS if path == prefix or (prefix.endswith("/") and path.startswith(prefix))
+    ]
     assert fits, f"{path} stands on no floor; give it one in tests/test_floors.py"
     return FLOORS[max(fits, key=len)]
 
@@ -87,7 +91,9 @@ def test_imports_go_down(path: str) -> None:
         same_folder = Path(target).parent == Path(path).parent and Path(path).parent.as_posix() != "vitlab"
         down = floor(target) < floor(path)
         assert down or same_folder, f"{path} (floor {floor(path)}) imports {target} (floor {floor(target)})"
-        assert not any(path.startswith(a) and target.startswith(b) for a, b in NEVER), f"{path} imports {target}"
+        assert not any(path.startswith(a) and target.startswith(b) for a, b in NEVER), (
+            f"{path} imports {target}"
+        )
         assert not target.startswith("pipelines/"), f"{path} imports a pipeline"
 
 
@@ -109,7 +115,9 @@ def test_sizes(path: str) -> None:
             assert (node.end_lineno or 0) - node.lineno < 80, f"{path}: {node.name} is longer than 80 lines"
             args = node.args
             count = len(args.posonlyargs) + len(args.args) + len(args.kwonlyargs)
-            assert count - (args.args[:1] != [] and args.args[0].arg in ("self", "cls")) <= 8, f"{path}: {node.name}"
+            assert count - (args.args[:1] != [] and args.args[0].arg in ("self", "cls")) <= 8, (
+                f"{path}: {node.name}"
+            )
 
 
 def test_top_level() -> None:

@@ -11,6 +11,7 @@ import fcntl
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,7 +53,7 @@ def git_sha() -> str:
     if "VITLAB_GIT_SHA" in os.environ:
         return os.environ["VITLAB_GIT_SHA"]
     root = repository()
-    if root is None or not (root / ".git").exists():
+    if root is None or not (root / ".git").exists() or shutil.which("git") is None:
         return "unknown"
     git = ["git", "-C", str(root)]
     sha = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)  # noqa: S603

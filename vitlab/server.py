@@ -43,7 +43,7 @@ def reach(uri: str) -> None:
     try:
         problem = found.get(timeout=PATIENCE)
     except queue.Empty:
-        problem = f"no answer within {PATIENCE:.0f} s"
+        problem = f"no answer within {PATIENCE:g} s"
     if problem:
         raise UserError(
             f"tracking.uri: {uri} does not answer as an MLflow server ({problem}); "
@@ -59,7 +59,7 @@ def _health(uri: str) -> str:
         token = base64.b64encode(f"{name}:{password or ''}".encode()).decode()
         request.add_header("Authorization", f"Basic {token}")
     try:
-        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:  # noqa: S310
+        with urllib.request.urlopen(request, timeout=2 * PATIENCE) as answer:  # noqa: S310
             answer.read(100)
     except urllib.error.HTTPError as error:
         error.close()
@@ -68,5 +68,5 @@ def _health(uri: str) -> str:
     except urllib.error.URLError as error:
         return str(getattr(error.reason, "strerror", None) or error.reason)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        return str(error) or type(error).__name__
+        return " ".join(str(error).split()) or type(error).__name__
     return ""
