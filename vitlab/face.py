@@ -5,18 +5,24 @@ On a terminal the line moves; elsewhere (a log, a Ray job) a new line is printed
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 EVERY = 5.0  # seconds between two lines where the line cannot move
+NAME = 16  # columns for a stage's name
+SENTENCE = {
+    "train/loss": "loss {:.4f}",
+    "val/top1": "val top-1 {:.1%}",
+    "train/images_per_s": "{:,.0f} images/s",
+}
 
 
 @dataclass(frozen=True)
@@ -33,8 +39,9 @@ class Row:
 class Line:
     """The live line of one stage."""
 
-    def __init__(self, face: Face, stage: str, task: TaskID | None) -> None:
-        self.face, self.stage, self.task = face, stage, task
+    def __init__(self, face: Face, stage: str, bar: Progress | None) -> None:
+        self.face, self.stage, self.bar = face, stage, bar
+        self.task = bar.add_task(stage, total=1.0, text="") if bar else TaskID(0)
         self.printed, self.text = time.monotonic(), ""
         self.shown: dict[str, float] = {}
         self.step = 0
@@ -42,70 +49,88 @@ class Line:
 
     def say(self, text: str) -> None:
         """What is being done when no step can be counted."""
-        self._show(text, None)
-        self.printed = time.monotonic() - EVERY  # the next figure is news
+        self.text = text
+        if self.bar is not None:
+            self.bar.update(self.task, text=_cut(text, self._room()), refresh=True)
+        else:
+            self.face.print(f"  {self.stage}: {text}")
+            self.printed = time.monotonic() - EVERY  # the next figure is news
 
     def note(self, text: str) -> None:
         """Something that stays on the screen."""
         self.face.print(f"  {self.stage}: {text}")
 
     def progress(self, step: int, total: int, values: dict[str, float]) -> None:
-        if step < self.step or not self.step:
+        if step < self.step or not self.step:  # the first, or again from a checkpoint
             self.from_step, self.since = step, time.monotonic()
         self.step = step
         self.shown |= values
-        self._show(self._sentence(total), step / total)
-
-    def _sentence(self, total: int) -> str:
-        parts = [f"step {self.step}/{total}"]
-        for key, text in (("train/loss", "loss {:.4f}"), ("val/top1", "val top-1 {:.1%}")):
-            if key in self.shown:
-                parts.append(text.format(self.shown[key]))
-        if "train/images_per_s" in self.shown:
-            parts.append(f"{self.shown['train/images_per_s']:,.0f} images/s")
-        done = self.step - self.from_step
-        if done:
-            left = (time.monotonic() - self.since) / done * (total - self.step)
-            parts.append(f"{duration(left)} left")
-        return " · ".join(parts)
-
-    def _show(self, text: str, fraction: float | None) -> None:
-        self.text = text
-        if self.task is not None:
-            assert self.face.bar is not None
-            self.face.bar.update(self.task, text=text, completed=100 * (fraction or 0))
-        elif time.monotonic() - self.printed >= EVERY or fraction is None:
+        if self.bar is not None:
+            self.text = self._sentence(total, self._room())
+            self.bar.update(self.task, text=self.text, completed=step / max(total, 1))
+        elif time.monotonic() - self.printed >= EVERY:
             self.printed = time.monotonic()
-            self.face.print(f"  {self.stage}: {text}")
+            self.text = self._sentence(total, None)
+            self.face.print(f"  {self.stage}: {self.text}")
+
+    def _sentence(self, total: int, room: int | None) -> str:
+        """All there is to say, or as much as there is room for."""
+        parts = {"step": f"step {self.step}/{total}"}
+        for key, text in SENTENCE.items():
+            if key in self.shown:
+                parts[key] = text.format(self.shown[key])
+        done = self.step - self.from_step
+        if done and self.step < total:
+            left = (time.monotonic() - self.since) / done * (total - self.step)
+            parts["left"] = f"{duration(left)} left"
+        for name in (
+            "train/images_per_s",
+            "train/loss",
+            "val/top1",
+            "left",
+        ):  # what is missed least goes first
+            if room is None or len(" · ".join(parts.values())) <= room:
+                break
+            parts.pop(name, None)
+        return " · ".join(parts.values())
+
+    def _room(self) -> int:
+        """Columns of the terminal that spinner, name and bar leave."""
+        return self.face.console.width - len(self.stage) - self.face.bar_width() - 4
 
 
 class Face:
     def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
         self.console = console or Console(highlight=False, soft_wrap=True, quiet=quiet)
-        self.bar: Progress | None = None
         self.rows: list[Row] = []
 
     def print(self, text: str = "") -> None:
         self.console.print(Text(text))
+
+    def bar_width(self) -> int:
+        return 20 if self.console.width >= 100 else 6
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Line]:
         if not self.console.is_terminal:
             yield Line(self, name, None)
             return
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[text]}"))
-        with Progress(*columns, console=self.console, transient=True) as self.bar:
-            task = self.bar.add_task(f"{name:<9}", total=100, text="")
-            yield Line(self, name, task)
-        self.bar = None
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(self.bar_width()),
+            TextColumn("{task.fields[text]}", markup=False),
+        )
+        with Progress(*columns, console=self.console, transient=True) as bar:
+            yield Line(self, name, bar)
 
     def done(self, row: Row) -> None:
         self.rows.append(row)
         mark = {"hit": "•", "resumed": "↻", "ran": "✓"}.get(row.outcome, " ")
-        self.print(f"{mark} {row.stage:<9} {row.outcome:<8} {duration(row.seconds):>7}  {row.figure}")
+        self.print(f"{mark} {row.stage:<{NAME}} {row.outcome:<8} {duration(row.seconds):>8}  {row.figure}")
 
     def table(self, title: str) -> None:
-        table = Table(title=title, title_justify="left", pad_edge=False)
+        table = Table(title=title, title_justify="left", title_style="bold", pad_edge=False, box=SIMPLE_HEAD)
         for name in ("stage", "outcome", "seconds", "result", "run"):
             table.add_column(name, justify="right" if name == "seconds" else "left", no_wrap=name != "result")
         for row in self.rows:
@@ -118,9 +143,16 @@ class Face:
         self.console.print(Text(f"vitlab: {text}", style="bold red"))
 
 
+def _cut(text: str, room: int) -> str:
+    return text if len(text) <= room else text[: max(room - 1, 0)] + "…"
+
+
 def duration(seconds: float) -> str:
-    """`42 s`, `3:07 min`, `1:02 h`."""
-    if seconds < 60:
-        return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s"
-    minutes = math.floor(seconds / 60)
-    return f"{minutes}:{seconds % 60:02.0f} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d} h"
+    """`4.2 s`, `42 s`, `3:07 min`, `1:02 h`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes}:{rest:02d} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d} h"
