@@ -68,7 +68,8 @@ class Run:
         self.face.print(f"{self.pipeline} · {self.experiment.name}")
         self.store = Store(self.experiment.tracking, self.home)
         cluster = self.experiment.cluster
-        self.session = Session(cluster, self.home, work, self._event, not self.store.remote)
+        place = {"local_store": not self.store.remote, "trial": self.search is not None}
+        self.session = Session(cluster, self.home, work, self._event, **place)
         self.git_sha = git_sha()
         self.run_id = self.search or self._start_pipeline()
         return self
@@ -244,7 +245,9 @@ class Run:
 
 
 def _status(error: type[BaseException] | None) -> str:
-    return "FINISHED" if error is None else "KILLED" if error is KeyboardInterrupt else "FAILED"
+    if error is None:
+        return "FINISHED"
+    return "KILLED" if issubclass(error, KeyboardInterrupt | SystemExit) else "FAILED"  # Tune stops by SystemExit
 
 
 def _title(label: str, config: Config) -> str:

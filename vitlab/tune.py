@@ -212,7 +212,7 @@ def _report(run: Run, both: Space, run_id: str, grid: Any, seconds: float) -> Re
         raise JobFailed(f"search: none of {config.trials} trials ran to its end: {cause}{log}")
     best = (max if config.mode == "max" else min)(whole, key=lambda trial: trial.figure)
     for child in run.store.find({"mlflow.parentRunId": run_id}, limit=1000):
-        if child.status == "RUNNING":
+        if child.status in ("RUNNING", "KILLED"):
             run.store.tag(child.run_id, {"vitlab.stopped": "asha"})
             run.store.status(child.run_id, "KILLED")
     report = {

@@ -49,8 +49,10 @@ class JobFailed(RuntimeError):
 
 
 class Session:
-    def __init__(self, config: ClusterConfig, home: Path, work: Work, on_event: Post, local_store: bool) -> None:
-        self.config, self.work, self.on_event, self.local_store = config, work, on_event, local_store
+    def __init__(self, config: ClusterConfig, home: Path, work: Work, on_event: Post, **of: bool) -> None:
+        """`of`: `local_store`, runs are kept in a file of this machine; `trial`, this is part of a search."""
+        self.config, self.work, self.on_event = config, work, on_event
+        self.local_store, self.trial = of.get("local_store", False), of.get("trial", False)
         self.logs = home / "logs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         self.home = home
         self.desk: Any = None
@@ -129,7 +131,8 @@ class Session:
         if gpus is None:
             gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
         resources = {"CPU": self.config.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
-        return TorchTrainer(
+        trainer = TorchTrainer if self.trial else _without_cleaner(TorchTrainer)
+        return trainer(
             serve,
             train_loop_config={"desk": self.desk, "work": self.work, "logs": str(self.logs), "threads": self.config.threads},
             scaling_config=ScalingConfig(
@@ -149,6 +152,22 @@ class Session:
             trainer.fit()
         except BaseException as error:  # handed to the thread that waits for the job
             self.fit_error = error
+
+
+def _without_cleaner(trainer: Any) -> Any:
+    """A trainer without Ray Train's placement-group cleaner.
+
+    The cleaner asks whichever Ray cluster it finds on this machine whether our controller is alive. With
+    a second cluster beside ours the answer is no, and it takes our workers away in the middle of a step.
+    Ray frees the group anyway when the driver ends; only the trials of a search need the cleaner.
+    """
+
+    class Trainer(trainer):  # type: ignore[misc]
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks = super()._create_default_callbacks()
+            return [c for c in callbacks if type(c).__name__ != "PlacementGroupCleanerCallback"]
+
+    return Trainer
 
 
 def connect(config: ClusterConfig, cpus: int, dashboard: bool = False) -> bool:

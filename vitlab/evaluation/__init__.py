@@ -11,7 +11,7 @@ from vitlab.evaluation.validate import validate
 
 
 class EvaluateConfig(Config):
-    split: str = Field("held_out", description="held_out, val or train")
+    split: str = Field(default="held_out", min_length=1, description="held_out, val or train")
     batch_size: int = free(256, gt=0, description="images of a batch, over all workers")
 
 

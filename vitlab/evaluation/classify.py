@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vitlab.batch import Batch
+from vitlab.config import UserError
 from vitlab.dist import World
 
 
@@ -35,7 +36,9 @@ class Tally:
     def by_class(self) -> list[float | None]:
         """Each class's share of right answers; None for a class without images."""
         totals = self.confusion.sum(1).tolist()
-        return [right / n if n else None for right, n in zip(self.confusion.diag().tolist(), totals, strict=True)]
+        return [
+            right / n if n else None for right, n in zip(self.confusion.diag().tolist(), totals, strict=True)
+        ]
 
 
 @torch.inference_mode()
@@ -47,7 +50,7 @@ def classify(
     begin = time.perf_counter()
     for number, batch in enumerate(batches, 1):
         logits = model(batch.views[0])
-        real = batch.weight > 0
+        real = (batch.weight > 0) & (batch.labels >= 0)  # neither padding nor images without a label
         logits, labels = logits[real].float(), batch.labels[real]
         counts[:-2] += torch.bincount(labels * classes + logits.argmax(1), minlength=classes * classes)
         best = logits.topk(min(5, classes)).indices
@@ -57,4 +60,6 @@ def classify(
     counts = world.sum(counts).cpu()
     seconds = max(world.gather(time.perf_counter() - begin))
     images = int(counts[-1])
+    if not images:
+        raise UserError("evaluate.split: it has no image with a label; evaluate on a split that has some")
     return Tally(counts[:-2].view(classes, classes), int(counts[-2]), images, images / seconds)

@@ -33,40 +33,61 @@ def confusion_table(tally: Tally, labels: list[str]) -> str:
 
 
 def confusion_figure(tally: Tally, labels: list[str], title: str) -> Figure:
-    """Rows are true classes, in per cent of the row; the diagonal is what is right."""
-    figure = blank_figure(3 + 0.42 * min(len(labels), 40))
+    """Rows are true classes, shaded by the share of the row; the diagonal is what is right.
+
+    Up to 30 classes the cells hold the numbers of images; beyond, every few classes are named. Small
+    shares are made visible: the shade goes with the square root.
+    """
+    from matplotlib.colors import PowerNorm
+
+    count, numbered = len(labels), len(labels) <= 30
+    side = max(3.2, 1.5 + 0.3 * count) if numbered else min(12.0, 5 + 0.05 * count)
+    figure = blank_figure(side + 1.4, side + 0.9)
     axes = figure.add_subplot()
     counts = tally.confusion
-    share = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
-    if len(labels) <= 30:
-        axes.set_xticks(range(len(labels)), labels, rotation=90 if max(map(len, labels)) > 3 else 0)
-        axes.set_yticks(range(len(labels)), labels)
-        for i, row in enumerate(counts.tolist()):
-            for j, n in enumerate(row):
-                if n:
-                    axes.text(j, i, str(n), ha="center", va="center", fontsize=8, color="white" if share[i, j] > 0.5 else BLUE)
+    share = (counts / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
+    drawn = axes.imshow(share, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
+    bar = figure.colorbar(drawn, ax=axes, fraction=0.045, pad=0.03, ticks=[0, 0.01, 0.1, 0.25, 0.5, 1])
+    bar.ax.set_yticklabels(["0", "1 %", "10 %", "25 %", "50 %", "100 %"], fontsize=8)
+    bar.ax.minorticks_off()
+    bar.outline.set_visible(False)
+    for i, j in counts.nonzero().tolist() if numbered else ():
+        color = "white" if share[i, j] > 0.3 else BLUE
+        axes.text(j, i, str(int(counts[i, j])), ha="center", va="center", fontsize=8, color=color)
+    named = range(0, count, 1 if numbered else max(1, round(count / 40)))
+    names = [_shortened(labels[i]) for i in named]
+    turned = 90 if max(map(len, names)) * 0.08 > side / len(names) else 0  # an inch holds 12 letters
+    axes.set_xticks(named, names, rotation=turned, fontsize=8 if numbered else 7)
+    axes.set_yticks(named, names, fontsize=8 if numbered else 7)
+    axes.tick_params(length=0 if numbered else 2)
+    axes.spines[:].set_visible(False)
     axes.set_xlabel("predicted")
-    axes.set_ylabel("true")
-    axes.set_title(title, fontsize=10)
+    axes.set_ylabel("true (shade: share of the row)")
+    axes.set_title(title, fontsize=10, pad=10)
     return figure
 
 
 def reconstruction_figure(original: Tensor, masked: Tensor, painted: Tensor, title: str) -> Figure:
     """Three rows: the image, what the encoder saw, what the decoder painted. Values in 0..1, B C H W."""
     count = len(original)
-    figure = blank_figure(0.9 * count + 0.8, 3.2)
+    figure = blank_figure(1.0 * count + 0.7, 3.5)
+    grid = figure.add_gridspec(3, count, wspace=0.06, hspace=0.06)
     for r, (name, images) in enumerate((("image", original), ("visible", masked), ("painted", painted))):
         for c in range(count):
-            axes = figure.add_subplot(3, count, r * count + c + 1)
+            axes = figure.add_subplot(grid[r, c])
             axes.set_xticks([])
             axes.set_yticks([])
-            pixels = images[c].clamp(0, 1).permute(1, 2, 0)
-            axes.imshow(pixels.squeeze(-1).numpy() if pixels.shape[-1] == 1 else pixels.numpy(), cmap="gray", vmin=0, vmax=1)
+            axes.spines[:].set_color("#cccccc")
+            pixels = images[c].detach().float().cpu().clamp(0, 1).permute(1, 2, 0)
+            axes.imshow(pixels.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             if c == 0:
                 axes.set_ylabel(name, fontsize=9)
     figure.suptitle(title, fontsize=10)
     return figure
+
+
+def _shortened(label: str) -> str:
+    return label if len(label) <= 18 else label[:17] + "…"
 
 
 def blank_figure(width: float, height: float | None = None) -> Figure:
@@ -74,6 +95,6 @@ def blank_figure(width: float, height: float | None = None) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height or width))
+    figure = Figure(figsize=(width, height or width), layout="constrained")
     FigureCanvasAgg(figure)
     return figure

@@ -19,11 +19,15 @@ class Trial(NamedTuple):
     run_id: str | None  # None: stopped early
 
 
-def search_figure(trials: list[Trial], metric: str, logs: set[str]) -> Figure:
-    """One panel a setting, one dot a trial; hollow dots were stopped early. `logs`: on a log axis."""
+def search_figure(trials: list[Trial], metric: str, logs: set[str], lowest: bool = False) -> Figure:
+    """One panel a setting, one dot a trial; hollow dots were stopped early.
+
+    `logs` are the settings on a log axis; `lowest`: the best is the lowest.
+    """
     names = sorted({name for trial in trials for name in trial.choice})
     figure = blank_figure(3.2 * len(names), 3.0)
-    best = max((t for t in trials if t.run_id), key=lambda t: t.figure, default=None)
+    whole = [trial for trial in trials if trial.run_id]
+    best = (min if lowest else max)(whole, key=lambda trial: trial.figure, default=None)
     for i, name in enumerate(names):
         axes = figure.add_subplot(1, len(names), i + 1)
         for trial in trials:
@@ -39,5 +43,4 @@ def search_figure(trials: list[Trial], metric: str, logs: set[str]) -> Figure:
         if i == 0:
             axes.set_ylabel(metric)
     figure.suptitle(f"{len(trials)} trials · red is the best · hollow was stopped early", fontsize=10)
-    figure.tight_layout()
     return figure
