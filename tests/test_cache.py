@@ -209,22 +209,32 @@ with cache.claim(store, "k", print) as found:
 """
 
 
-def holder(home: Path, folder: Path) -> subprocess.Popen[str]:
-    call = [sys.executable, "-W", "ignore", "-c", HOLD, str(home), str(folder)]
+LEASE = """
+import sys, time
+from pathlib import Path
+from vitlab import cache
+with cache._lease(Path(sys.argv[1]) / "leases/k.lock", print):
+    print("mine", flush=True)
+    time.sleep(60)
+"""
+
+
+def started(program: str, *words: Path) -> subprocess.Popen[str]:
+    call = [sys.executable, "-W", "ignore", "-c", program, *map(str, words)]
     return subprocess.Popen(call, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def test_the_second_waits_is_told_who_works_and_then_hits(store: Store, folder: Path) -> None:
     told: list[str] = []
-    with holder(store.home, folder) as other:
+    with started(HOLD, store.home, folder) as other:
         assert other.stdout is not None
         assert other.stdin is not None
         run = other.stdout.readline().strip()
-        go = threading.Timer(1.2, lambda: print(file=other.stdin, flush=True))
+        go = threading.Timer(0.7, lambda: print(file=other.stdin, flush=True))
         go.start()
         begin = time.monotonic()
         with claim(store, "k", told.append) as found:
-            assert time.monotonic() - begin > 1
+            assert time.monotonic() - begin > 0.5
             assert found.artifact is not None
             assert (found.artifact.run_id, found.unfinished) == (run, None)
     assert len(told) == 1, "once is enough in half a minute"
@@ -232,15 +242,18 @@ def test_the_second_waits_is_told_who_works_and_then_hits(store: Store, folder: 
     assert told[0].endswith(" s")
 
 
-def test_a_killed_holder_frees_its_lease_and_its_run_is_gone_on_with(store: Store, folder: Path) -> None:
-    with holder(store.home, folder) as other:
+def test_a_killed_holder_frees_its_lease_and_its_run_is_gone_on_with(store: Store) -> None:
+    run = store.start("r", {"vitlab.key": "k"}, {})
+    told: list[str] = []
+    with started(LEASE, store.home) as other:
         assert other.stdout is not None
-        run = other.stdout.readline().strip()
-        threading.Timer(0.2, lambda: os.kill(other.pid, signal.SIGKILL)).start()
+        assert other.stdout.readline() == "mine\n"
+        threading.Timer(0.3, lambda: os.kill(other.pid, signal.SIGKILL)).start()
         begin = time.monotonic()
-        with claim(store, "k", lambda text: None) as found:
-            assert time.monotonic() - begin < 5
+        with claim(store, "k", told.append) as found:
+            assert time.monotonic() - begin < 10
             assert found == Claim("k", None, {}, run)
+    assert len(told) == 1
 
 
 def test_other_keys_do_not_wait(store: Store) -> None:

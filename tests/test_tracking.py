@@ -106,6 +106,18 @@ def test_a_deleted_experiment_is_one_line(store: Store, home: Path) -> None:
     assert Store(TrackingConfig(experiment="other"), home).experiment_id != store.experiment_id
 
 
+def test_another_machine_may_make_the_experiment_first(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, asked = store.client.get_experiment_by_name, []
+
+    def late(name: str) -> Any:
+        asked.append(name)
+        return None if len(asked) == 1 else real(name)
+
+    monkeypatch.setattr(store.client, "get_experiment_by_name", late)
+    assert store._experiment() == store.experiment_id
+    assert len(asked) == 2
+
+
 def test_the_home_keeps_its_id(store: Store, home: Path) -> None:
     assert Store(TrackingConfig(), home).home_id == store.home_id
 
@@ -248,7 +260,7 @@ home = Path(sys.argv[1])
 store = Store(TrackingConfig(), home)
 run = store.start("r", {"vitlab.key": "k"}, {"a": 1})
 metrics = Metrics(store, run)
-for step in range(20):
+for step in range(8):
     metrics.log(step, {"a": 1.0})
     metrics.flush()
 folder = home / run
