@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ import torch
 from vitlab.batch import Batch, View, uniform
 from vitlab.dist import World, world_of_group
 from vitlab.engine.loop import LoopConfig, Plan, make_strategy, train
+from vitlab.methods import Supervised, SupervisedConfig
 from vitlab.methods.base import Losses, Method
+from vitlab.models import ViTConfig, from_config
 
 
 class Toy(Method):
@@ -59,9 +63,9 @@ class Notes:
     def progress(self, step: int, total: int, values: dict[str, float]) -> None: ...
 
 
-def batches(config: LoopConfig, world: World, start: int) -> Any:
+def batches(config: LoopConfig, world: World, start: int, stop: int | None) -> Any:
     """Global batches that are the same on any number of workers."""
-    for step in range(start, 1000):
+    for step in range(start, stop or 1000):
         ids = torch.arange(config.batch_size) + step * config.batch_size
         x = uniform(ids, "x", 7)
         weight = (torch.arange(config.batch_size) % 5 > 0).float()
@@ -73,51 +77,80 @@ def batches(config: LoopConfig, world: World, start: int) -> Any:
         ]
 
 
-def run(spec: dict[str, Any]) -> None:
-    world = world_of_group()
+class Digits(Method):
+    """A real objective: a small ViT on images made of the batch's numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = ViTConfig(name="vit_tiny", patch_size=2, in_chans=1, embed_dim=32, depth=2, num_heads=2, drop_path=0.2)
+        self.inner = Supervised(SupervisedConfig(label_smoothing=0.1), from_config(config, num_classes=7, image_size=4), 4)
+        self.model = self.inner.model
+
+    def layer_of(self, name: str) -> int:
+        return self.inner.layer_of(name.removeprefix("inner."))
+
+    def no_decay(self) -> set[str]:
+        return {f"inner.{name}" for name in self.inner.no_decay()}
+
+    def forward(self, batch: Batch) -> Losses:
+        images = uniform(batch.seeds, "image", 16).view(-1, 1, 4, 4)
+        labels = (images.mean((1, 2, 3)) * 7).long()
+        return self.inner(replace(batch, views=[images], labels=labels))
+
+
+METHODS = {"toy": Toy, "digits": Digits}
+
+
+def run(spec: dict[str, Any], world: World) -> dict[str, Any] | None:
     torch.manual_seed(0)
-    method = Toy()
+    method = METHODS[spec["method"]]()
     config = LoopConfig.model_validate(spec["config"])
     strategy = make_strategy(method, config, spec["zero"], world)
     notes = Notes()
-    plan = Plan(config, spec["steps"], lambda s: batches(config, world, s), notes, checkpoints=spec.get("checkpoints") and Path(spec["checkpoints"]))
-    if spec.get("stop"):
-        plan.batches = lambda s: (b for i, b in zip(range(s, spec["stop"]), batches(config, world, s), strict=False))
+    plan = Plan(config, spec["steps"], lambda s: batches(config, world, s, spec.get("stop")), notes)
+    if spec.get("checkpoints"):
+        plan.checkpoints = Path(spec["checkpoints"])
     try:
         train(method, strategy, plan, world)
-    except StopIteration:
+    except StopIteration:  # the data ends where this run is meant to be cut off
         assert spec.get("stop")
     state = strategy.state(method)
-    if world.first:
-        assert state is not None
-        torch.save({"points": notes.points, "state": state}, spec["out"])
     strategy.close()
+    return {"points": notes.points, "state": state} if world.first else None
 
 
-def launch(workers: int, spec: dict[str, Any]) -> Any:
-    """Runs `spec` on that many processes; returns what rank 0 saved."""
-    port_file = Path(spec["out"]).with_suffix(f".{os.getpid()}.store")
-    port_file.unlink(missing_ok=True)
+def launch(workers: int, specs: dict[str, dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """Runs every spec, one after the other, on that many processes; returns what rank 0 has, by name."""
+    store, out = folder / f"{uuid.uuid4().hex}.store", folder / f"{uuid.uuid4().hex}.pt"
+    command = [sys.executable, "-W", "ignore", __file__]
     children = [
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", __file__, str(rank), str(workers), str(port_file), json.dumps(spec)],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            [*command, str(rank), str(workers), str(store), str(out), json.dumps(specs)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         for rank in range(workers)
     ]
-    outputs = [child.communicate(timeout=120)[0] for child in children]
+    outputs = [child.communicate(timeout=300)[0] for child in children]
     for child, output in zip(children, outputs, strict=True):
         assert child.returncode == 0, output[-4000:]
-    return torch.load(spec["out"], weights_only=True)
+    found: dict[str, Any] = torch.load(out, weights_only=True)
+    return found
 
 
 if __name__ == "__main__":
-    rank, workers, store, text = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
-    spec = json.loads(text)
-    if spec["zero"] is not None:
+    rank, workers, store, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    specs = json.loads(sys.argv[5])
+    world = World()
+    if any(spec["zero"] is not None for spec in specs.values()):
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(workers), LOCAL_RANK=str(rank))
         torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=workers)
-    run(spec)
+        world = world_of_group()
+    results = {name: run(spec, world) for name, spec in specs.items()}
+    if world.first:
+        torch.save(results, out)
+    world.barrier()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
