@@ -1,4 +1,4 @@
-"""MAE-pretrain a ViT, fine-tune it, distil it into a smaller student with a distillation token, evaluate both."""
+"""MAE-pretrain a ViT, fine-tune it, distil it into a smaller student, evaluate both on held-out images."""
 
 from vitlab import Experiment, Run, pipeline
 

@@ -9,7 +9,7 @@ def main(exp: Experiment) -> None:
     with Run(exp, "tune_finetune") as run:
         shards = run.shards(exp.data)
         encoder = run.pretrain(exp.need("pretrain"), data=shards)
-        best = search(run, exp.need("finetune"), exp.need("tune"), data=shards, init=encoder)
+        best = search(run, data=shards, init=encoder)
         run.evaluate(exp.evaluate, data=shards, model=best)
 
 

@@ -26,7 +26,11 @@ from vitlab.tracking import TrackingConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "experiments.md").read_text("utf8")
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "cluster").glob("*.md"))]
+DOCUMENTS = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "cluster").glob("*.md")),
+]
 
 SECTIONS: dict[str, type[BaseModel]] = {
     "The file": Experiment,

@@ -26,12 +26,12 @@ FLOORS = {
     "vitlab/evaluation/": 4,
     "vitlab/cache.py": 5,
     "vitlab/experiment.py": 5,
-    "vitlab/work.py": 6,
+    "vitlab/jobs/": 6,
     "vitlab/stages.py": 7,
     "vitlab/tune.py": 8,
     "vitlab/cli.py": 9,
-    "vitlab/__init__.py": 9,
-    "pipelines/": 10,
+    "vitlab/__init__.py": 10,
+    "pipelines/": 11,
 }
 
 # The only files that may import a vendor. Ray's core belongs to the session, its libraries to their room.

@@ -21,7 +21,10 @@ HERE = Path(__file__).resolve().parents[1]  # a checkout, or the copy of one tha
 
 
 def pipeline(
-    main: Callable[[Experiment], None], default: str, needs: Sequence[str] = (), argv: Sequence[str] | None = None
+    main: Callable[[Experiment], None],
+    default: str,
+    needs: Sequence[str] = (),
+    argv: Sequence[str] | None = None,
 ) -> None:
     """Runs a pipeline as a program: `python pipelines/NAME.py [experiment.yaml] [key=value …]`."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
@@ -32,7 +35,9 @@ def pipeline(
         epilog=f"example: python pipelines/{name} {default} finetune.optim.lr=5e-4 cluster.workers=4",
     )
     parser.add_argument("experiment", nargs="?", default=default, help=f"a YAML file (default {default})")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the file, as finetune.epochs=5")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="changes to the file, as finetune.epochs=5"
+    )
     given = parser.parse_intermixed_args(argv)
     if "=" in given.experiment:
         given.overrides.insert(0, given.experiment)
@@ -40,13 +45,14 @@ def pipeline(
     sys.exit(guarded(lambda: _start(main, given.experiment, given.overrides, needs)))
 
 
-def _start(main: Callable[[Experiment], None], file: str, overrides: Sequence[str], needs: Sequence[str]) -> None:
+def _start(
+    main: Callable[[Experiment], None], file: str, overrides: Sequence[str], needs: Sequence[str]
+) -> None:
     from vitlab.experiment import read
 
     path = Path(file)
     experiment = read(path if path.exists() else HERE / file, overrides)
-    for section in needs:
-        experiment.need(section)
+    experiment.require(*needs)
     main(experiment)
 
 
@@ -84,7 +90,9 @@ def main() -> None:
         help="write WebDataset shards, or index existing ones",
         epilog="example: vitlab shards folder:/data/flowers /data/flowers-shards --held-out 0.2",
     )
-    shards.add_argument("source", help="digits, folder:PATH, hf:NAME[:split], or `index` to index DEST as it is")
+    shards.add_argument(
+        "source", help="digits, folder:PATH, hf:NAME[:split], or `index` to index DEST as it is"
+    )
     shards.add_argument("dest", type=Path, help="the folder of the shards")
     shards.add_argument("--held-out", type=float, default=0.2, help="fraction kept for evaluation (0.2)")
     shards.add_argument("--val", type=float, default=0.1, help="fraction kept for validation (0.1)")
@@ -94,11 +102,15 @@ def main() -> None:
     run = commands.add_parser(
         "run", help="run a pipeline", epilog="example: vitlab run mae_then_finetune finetune.epochs=5"
     )
-    run.add_argument("pipeline", help=f"one of: {', '.join(sorted(p.stem for p in (HERE / 'pipelines').glob('*.py')))}")
+    run.add_argument(
+        "pipeline", help=f"one of: {', '.join(sorted(p.stem for p in (HERE / 'pipelines').glob('*.py')))}"
+    )
     run.add_argument("arguments", nargs=argparse.REMAINDER, help="[experiment.yaml] [key=value …]")
     run.set_defaults(action=_run)
 
-    ui = commands.add_parser("ui", help="open the MLflow UI on this machine", epilog="example: vitlab ui --port 5001")
+    ui = commands.add_parser(
+        "ui", help="open the MLflow UI on this machine", epilog="example: vitlab ui --port 5001"
+    )
     ui.add_argument("--port", type=int, default=5000)
     ui.set_defaults(action=_ui)
 
@@ -114,7 +126,11 @@ def _shards(given: argparse.Namespace) -> None:
         made = index_existing(given.dest)
     else:
         made = write_shards(
-            open_source(given.source), given.dest, held_out=given.held_out, val=given.val, shard_samples=given.shard_samples
+            open_source(given.source),
+            given.dest,
+            held_out=given.held_out,
+            val=given.val,
+            shard_samples=given.shard_samples,
         )
     counts = ", ".join(f"{made.count(split)} {split}" for split in made.splits)
     Face().print(f"{counts} images of {len(made.classes)} classes in {made.path}")
@@ -125,7 +141,9 @@ def _run(given: argparse.Namespace) -> None:
 
     names = sorted(p.stem for p in (HERE / "pipelines").glob("*.py"))
     if given.pipeline not in names:
-        raise UserError(f"{given.pipeline}: no such pipeline; allowed: {', '.join(names)}{nearest(given.pipeline, names)}")
+        raise UserError(
+            f"{given.pipeline}: no such pipeline; allowed: {', '.join(names)}{nearest(given.pipeline, names)}"
+        )
     file = HERE / "pipelines" / f"{given.pipeline}.py"
     sys.argv = [str(file), *given.arguments]
     runpy.run_path(str(file), run_name="__main__")
@@ -137,8 +155,20 @@ def _ui(given: argparse.Namespace) -> None:
 
     place = home()
     command = [
-        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(given.port), "--workers", "1",
-        "--backend-store-uri", f"sqlite:///{place}/mlflow.db", "--default-artifact-root", (place / "artifacts").as_uri(),
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(given.port),
+        "--workers",
+        "1",
+        "--backend-store-uri",
+        f"sqlite:///{place}/mlflow.db",
+        "--default-artifact-root",
+        (place / "artifacts").as_uri(),
     ]
     os.execv(command[0], command)  # noqa: S606
 

@@ -91,11 +91,16 @@ class Experiment(Config):
         return self
 
     def need(self, name: str) -> TrainConfig:
-        """A training stage's section; a pipeline that needs it says so before anything starts."""
-        section: TrainConfig | None = getattr(self, name)
-        if section is None:
-            raise UserError(f"{name}: missing; this pipeline needs the section, see experiments/ for one")
+        """A training stage's section."""
+        self.require(name)
+        section: TrainConfig = getattr(self, name)
         return section
+
+    def require(self, *names: str) -> None:
+        """A pipeline says what it needs before anything starts."""
+        for name in names:
+            if getattr(self, name) is None:
+                raise UserError(f"{name}: missing; this pipeline needs the section, see experiments/ for one")
 
 
 def read(path: Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -110,7 +115,7 @@ def _problems(experiment: Experiment) -> Iterator[str]:
             f"allowed: {_divisors(data.streams)}"
         )
     if cluster.workers == 0 and cluster.zero is not None:
-        yield f"cluster.zero: given {cluster.zero} with cluster.workers=0; sharding needs workers, or leave zero out"
+        yield f"cluster.zero: given {cluster.zero} with cluster.workers=0; without workers leave zero out"
     if cluster.workers == 0 and cluster.loaders and cluster.address:
         yield "cluster.address: given with cluster.workers=0, which runs in this process; leave one out"
     for name in TRAINING:
@@ -130,10 +135,11 @@ def _stage_problems(name: str, stage: TrainConfig, experiment: Experiment) -> It
             f"allowed: {_divisors(data.image_size)}"
         )
     if stage.model.in_chans != data.channels:
-        yield f"{name}.model.in_chans: given {stage.model.in_chans}; the images have data.channels={data.channels}"
+        given = stage.model.in_chans
+        yield f"{name}.model.in_chans: given {given}; the images have data.channels={data.channels}"
     if batch % data.streams:
         near = max(1, round(batch / data.streams)) * data.streams
-        yield f"{name}.batch_size: given {batch}; it must be a multiple of data.streams={data.streams}, as {near}"
+        yield f"{name}.batch_size: given {batch}; allowed: multiples of data.streams={data.streams}: {near}"
     if batch % workers:
         yield f"{name}.batch_size: given {batch}; it must be a multiple of cluster.workers={workers}"
     if batch // workers % stage.accumulate:
@@ -142,7 +148,8 @@ def _stage_problems(name: str, stage: TrainConfig, experiment: Experiment) -> It
             f"each of {workers} workers has, allowed: {_divisors(batch // workers)}"
         )
     if stage.optim.warmup_epochs > stage.epochs:
-        yield f"{name}.optim.warmup_epochs: given {stage.optim.warmup_epochs}; allowed: at most {name}.epochs={stage.epochs}"
+        warmup = stage.optim.warmup_epochs
+        yield f"{name}.optim.warmup_epochs: given {warmup}; allowed: at most {name}.epochs={stage.epochs}"
     if (name == "distill") != (stage.method.name == "distill"):
         allowed = "distill" if name == "distill" else "supervised, mae"
         yield f"{name}.method.name: given {stage.method.name!r}; allowed in this stage: {allowed}"

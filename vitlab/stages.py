@@ -6,6 +6,7 @@ and is a hit, goes on with an unfinished run, or starts one.
 
 from __future__ import annotations
 
+import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import yaml
 
 from vitlab import cache
 from vitlab.cache import Artifact, Claim, Fence, content_key
-from vitlab.config import Config, UserError, deciding, digest, flatten, resolved
+from vitlab.config import Config, UserError, deciding, digest, flatten, resolved, without_password
 from vitlab.data import Shards, ShardsConfig, prepare
 from vitlab.engine import checkpoint
 from vitlab.engine.launch import Session
@@ -25,9 +26,9 @@ from vitlab.evaluation import EvaluateConfig
 from vitlab.experiment import Experiment, TrainConfig
 from vitlab.face import Face, Line, Row
 from vitlab.home import git_sha, home, locked
+from vitlab.jobs import EvaluateJob, Place, TrainJob, forget, work
 from vitlab.models import Loaded, load_model
 from vitlab.tracking import Store, TrackingConfig
-from vitlab.work import EvaluateJob, Place, TrainJob, forget, work
 
 # Raised when the same config must give another result than before: part of every key of the stage.
 REVISION = {"pretrain": 1, "finetune": 1, "distill": 1, "evaluate": 1, "search": 1}
@@ -74,7 +75,9 @@ class Run:
         self.run_id = self.search or self._start_pipeline()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
         try:
             self.session.close()
         finally:
@@ -88,7 +91,8 @@ class Run:
     def shards(self, config: ShardsConfig) -> Shards:
         """The images: written on first use, then found again by their config."""
         written = {k: v for k, v in deciding(config).items() if k not in (*SEEN, "num_classes")}
-        dest = self.home / "shards" / f"{(config.source or 'given').split(':')[0].strip('/').replace('/', '-')}-{digest(written)[:12]}"
+        kind = re.sub(r"[^\w-]+", "-", config.source or "given").strip("-")
+        dest = self.home / "shards" / f"{kind}-{digest(written)[:12]}"
         with locked(dest.with_suffix(".lock")):
             shards = prepare(config, dest)
         counts = ", ".join(f"{shards.count(split)} {split}" for split in shards.splits)
@@ -99,13 +103,25 @@ class Run:
     def pretrain(self, config: TrainConfig, *, data: Shards, label: str = "pretrain") -> Artifact:
         return self._train("pretrain", label, config, data, {})
 
-    def finetune(self, config: TrainConfig, *, data: Shards, init: Artifact | None = None, label: str = "finetune") -> Artifact:
+    def finetune(
+        self, config: TrainConfig, *, data: Shards, init: Artifact | None = None, label: str = "finetune"
+    ) -> Artifact:
         return self._train("finetune", label, config, data, {"init": init})
 
-    def distill(self, config: TrainConfig, *, data: Shards, teacher: Artifact, init: Artifact | None = None, label: str = "distill") -> Artifact:
+    def distill(
+        self,
+        config: TrainConfig,
+        *,
+        data: Shards,
+        teacher: Artifact,
+        init: Artifact | None = None,
+        label: str = "distill",
+    ) -> Artifact:
         return self._train("distill", label, config, data, {"teacher": teacher, "init": init})
 
-    def evaluate(self, config: EvaluateConfig, *, data: Shards, model: Artifact, label: str = "evaluate") -> Artifact:
+    def evaluate(
+        self, config: EvaluateConfig, *, data: Shards, model: Artifact, label: str = "evaluate"
+    ) -> Artifact:
         if not data.count(config.split):
             have = ", ".join(split for split in data.splits if data.count(split))
             raise UserError(f"evaluate.split: given {config.split!r}; the shards have: {have}")
@@ -125,7 +141,9 @@ class Run:
         def do(run_id: str) -> Result:
             experiment, kept = self.experiment, self._checkpoints(run_id)
             token, place = Fence(kept).take(), self._place(run_id, data)
-            job = TrainJob(stage, config, experiment.seed, place, experiment.cluster.zero, kept, token, **folders)
+            job = TrainJob(
+                stage, config, experiment.seed, place, experiment.cluster.zero, kept, token, **folders
+            )
             return self.session.run(job)
 
         return self.stage(stage, label, config, data, given, do)
@@ -133,7 +151,7 @@ class Run:
     def _place(self, run_id: str, data: Shards) -> Place:
         experiment = self.experiment
         loaders = experiment.cluster.loaders
-        return Place(self.home, experiment.tracking, run_id, data.path, experiment.data, loaders)
+        return Place(self.home, self.store.config, run_id, data.path, experiment.data, loaders)
 
     # ------------------------------------------------------------ hit, resume or run
 
@@ -159,7 +177,9 @@ class Run:
                     return self._done(label, "hit", begin, claim.artifact, claim.metrics)
                 run_id, resumed = self._open(stage, label, config, claim, inputs, data)
                 result = self._do(run_id, do)
-        return self._done(label, "resumed" if resumed else "ran", begin, result["artifact"], result["metrics"])
+        return self._done(
+            label, "resumed" if resumed else "ran", begin, result["artifact"], result["metrics"]
+        )
 
     def _open(
         self, stage: str, label: str, config: Config, claim: Claim, inputs: dict[str, Artifact], data: Shards
@@ -168,19 +188,23 @@ class Run:
         if claim.unfinished is not None:
             found = checkpoint.latest(self._checkpoints(claim.unfinished))
             self.store.status(claim.unfinished, "RUNNING")
+            self.store.tag(claim.unfinished, {"vitlab.git_sha": self.git_sha, "vitlab.pipeline": self.run_id})
             if found and self.line:
                 self.line.note(f"goes on from {found.name} of run {claim.unfinished[:8]}")
             return claim.unfinished, found is not None
         tags = {
             "vitlab.stage": stage,
             "vitlab.key": claim.key,
-            "vitlab.inputs": " ".join(f"{name}={artifact.uri}" for name, artifact in inputs.items()) or "none",
+            "vitlab.inputs": " ".join(f"{name}={artifact.uri}" for name, artifact in inputs.items())
+            or "none",
             "vitlab.pipeline": self.run_id,
             "vitlab.git_sha": self.git_sha,
             "vitlab.data_digest": data.digest,
             "vitlab.revision": str(REVISION[stage]),
         }
-        params = {"seed": self.experiment.seed} | flatten({stage: resolved(config), "data": resolved(self.experiment.data)})
+        params = {"seed": self.experiment.seed} | flatten(
+            {stage: resolved(config), "data": resolved(self.experiment.data)}
+        )
         return self.store.start(_title(label, config), tags, params, self.search), False
 
     def _do(self, run_id: str, do: Callable[[str], Result]) -> Result:
@@ -197,14 +221,20 @@ class Run:
     def _checkpoints(self, run_id: str) -> Path:
         return self.home / "checkpoints" / run_id
 
-    def _done(self, label: str, outcome: cache.Outcome, begin: float, artifact: Artifact, metrics: dict[str, float]) -> Artifact:
+    def _done(
+        self, label: str, outcome: cache.Outcome, begin: float, artifact: Artifact, metrics: dict[str, float]
+    ) -> Artifact:
         self.done[label] = Done(artifact, metrics)
         figure = _figure(metrics)
         self.face.done(Row(label, outcome, time.monotonic() - begin, figure, artifact.run_id))
         if self.search is not None:
             return artifact
-        self.store.tag(self.run_id, {f"vitlab.run.{label}": artifact.run_id, f"vitlab.outcome.{label}": outcome})
-        headline = {n: v for n, v in metrics.items() if n.startswith(("val/", "eval/")) and "/class/" not in n}
+        self.store.tag(
+            self.run_id, {f"vitlab.run.{label}": artifact.run_id, f"vitlab.outcome.{label}": outcome}
+        )
+        headline = {
+            n: v for n, v in metrics.items() if n.startswith(("val/", "eval/")) and "/class/" not in n
+        }
         self.store.metrics(self.run_id, {f"{label}/{n}": v for n, v in headline.items()})
         return artifact
 
@@ -221,12 +251,17 @@ class Run:
     # ------------------------------------------------------------ the pipeline's own run
 
     def _start_pipeline(self) -> str:
-        tags = {"vitlab.stage": "pipeline", "vitlab.git_sha": self.git_sha, "vitlab.pipeline_name": self.pipeline}
+        tags = {
+            "vitlab.stage": "pipeline",
+            "vitlab.git_sha": self.git_sha,
+            "vitlab.pipeline_name": self.pipeline,
+        }
         params = flatten(resolved(self.experiment))
         run_id = self.store.start(f"{self.pipeline} · {self.experiment.name}", tags, params)
         with tempfile.TemporaryDirectory() as scratch:
             file = Path(scratch) / "experiment.yaml"
-            file.write_text(yaml.safe_dump(resolved(self.experiment), sort_keys=False, allow_unicode=True), "utf8")
+            text = yaml.safe_dump(resolved(self.experiment), sort_keys=False, allow_unicode=True)
+            file.write_text(without_password(text), "utf8")
             self.store.upload_file(run_id, file, "")
         return run_id
 
@@ -241,13 +276,17 @@ class Run:
             others = [r.run_id for r in found if r.status == "FINISHED" and r.run_id != mine]
             self.face.print(f"compare  {self.store.comparison([mine, *others[:4]])}")
         if not self.store.remote:
-            self.face.print("open     make ui   (then the links above show the curves and the params side by side)")
+            self.face.print(
+                "open     make ui   (then the links above show the curves and the params side by side)"
+            )
 
 
 def _status(error: type[BaseException] | None) -> str:
     if error is None:
         return "FINISHED"
-    return "KILLED" if issubclass(error, KeyboardInterrupt | SystemExit) else "FAILED"  # Tune stops by SystemExit
+    return (
+        "KILLED" if issubclass(error, KeyboardInterrupt | SystemExit) else "FAILED"
+    )  # Tune stops by SystemExit
 
 
 def _title(label: str, config: Config) -> str:
@@ -272,7 +311,6 @@ def _figure(metrics: dict[str, float]) -> str:
     return ""
 
 
-
 def load(uri: str, tracking: TrackingConfig | None = None) -> Loaded:
     """A trained model by `runs:/RUN/model`, or by its folder: model, preprocessing, labels."""
     if not uri.startswith("runs:/"):
@@ -280,5 +318,7 @@ def load(uri: str, tracking: TrackingConfig | None = None) -> Loaded:
     run_id, _, path = uri.removeprefix("runs:/").partition("/")
     folder = Store(tracking or TrackingConfig(), home()).download(run_id, path or "model")
     if folder is None:
-        raise UserError(f"{uri}: this run has no such artifact; given path {path or 'model'!r}, expected 'model'")
+        raise UserError(
+            f"{uri}: this run has no such artifact; given path {path or 'model'!r}, expected 'model'"
+        )
     return load_model(folder)

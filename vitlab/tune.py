@@ -30,10 +30,13 @@ class Space(Config):
     search: TuneConfig
 
 
-def search(run: Run, config: TrainConfig, tune: TuneConfig, *, data: Shards, init: Artifact | None = None) -> Artifact:
-    """The model of the best trial."""
+def search(run: Run, *, data: Shards, init: Artifact | None = None) -> Artifact:
+    """Searches the experiment's fine-tune stage as its `tune` section says; the model of the best trial."""
+    exp = run.experiment
+    if exp.tune is None:
+        raise UserError("tune: missing; a search needs the section, see experiments/digits_tune.yaml")
     inputs = {"init": init} if init is not None else {}
-    both = Space(stage=config, search=tune)
+    both = Space(stage=exp.need("finetune"), search=exp.tune)
 
     def do(run_id: str) -> Result:
         return _search(run, both, run_id, data, init)
@@ -41,7 +44,9 @@ def search(run: Run, config: TrainConfig, tune: TuneConfig, *, data: Shards, ini
     run.stage("search", "search", both, data, inputs, do)
     best = _best(run, run.done["search"].artifact)
     if best is None:
-        raise UserError("search: the best trial's model was deleted; delete the search's run too, then start again")
+        raise UserError(
+            "search: the best trial's model was deleted; delete the search's run too, then start again"
+        )
     return best
 
 
@@ -63,7 +68,7 @@ def _search(run: Run, both: Space, run_id: str, data: Shards, init: Artifact | N
     try:
         trial = ray_tune.with_parameters(
             _trial,
-            experiment=_of_trials(run.experiment, both),
+            experiment=_of_trials(run, both),
             metric=config.metric,
             search=run_id,
             shards=data.path,
@@ -123,9 +128,9 @@ def _sampler(span: Between | list[Any]) -> Any:
     return (ray_tune.loguniform if span.log else ray_tune.uniform)(span.low, span.high)
 
 
-def _of_trials(experiment: Experiment, both: Space) -> dict[str, Any]:
-    """The experiment as a trial runs it: plain data, on the trial's own workers."""
-    tree = resolved(experiment)
+def _of_trials(run: Run, both: Space) -> dict[str, Any]:
+    """The experiment as a trial runs it: plain data, on the trial's own workers, into the same store."""
+    tree = resolved(run.experiment) | {"tracking": resolved(run.store.config)}
     workers = both.search.workers
     tree["cluster"] |= {"workers": workers, "address": None}
     if workers == 0:
@@ -177,7 +182,9 @@ def _watcher(line: Line, config: TuneConfig) -> Any:
         def __getstate__(self) -> dict[str, Any]:
             return {"line": None, "best": None}  # Tune writes its callbacks down; a screen cannot be
 
-        def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        def on_trial_result(
+            self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any
+        ) -> None:
             figure = result["figure"]
             better = max if config.mode == "max" else min
             self.best = figure if self.best is None else better(self.best, figure)
@@ -225,10 +232,16 @@ def _report(run: Run, both: Space, run_id: str, grid: Any, seconds: float) -> Re
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         logs = {name for name, span in config.space.items() if isinstance(span, Between) and span.log}
-        save_figure(search_figure(trials, config.metric, logs), folder / "search.png")
+        save_figure(
+            search_figure(trials, config.metric, logs, lowest=config.mode == "min"), folder / "search.png"
+        )
         (folder / "search.json").write_text(json.dumps(report, indent=2) + "\n")
         artifact = publish(run.store, run_id, folder, "search")
-    metrics = {config.metric: best.figure, "search/trials": float(len(trials)), "search/stopped": float(len(trials) - len(whole))}
+    metrics = {
+        config.metric: best.figure,
+        "search/trials": float(len(trials)),
+        "search/stopped": float(len(trials) - len(whole)),
+    }
     run.store.metrics(run_id, metrics)
     run.store.tag(run_id, {"vitlab.best": str(best.run_id)})
     return {"artifact": artifact, "metrics": metrics, "seconds": {"search": seconds}}

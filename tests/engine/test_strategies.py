@@ -42,21 +42,31 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     two |= {f"cut at zero {z}": spec(z, **cut(f"cut{z}")) for z in range(4)}
     found = launch(2, two, folder)
 
-    one = {"plain": spec(None), "digits, plain": spec(None, "digits"), "cut plain": spec(None, **cut("cut-plain"))}
+    one = {
+        "plain": spec(None),
+        "digits, plain": spec(None, "digits"),
+        "cut plain": spec(None, **cut("cut-plain")),
+    }
     one |= {
         f"zero {z} on 2 → plain": spec(None, checkpoints=from_copy(f"cut{z}", f"{z}-plain")) for z in range(4)
     }
     found |= launch(1, one, folder)
 
-    again = {f"zero {z} on 2 → same": spec(z, checkpoints=from_copy(f"cut{z}", f"{z}-same")) for z in range(4)}
+    again = {
+        f"zero {z} on 2 → same": spec(z, checkpoints=from_copy(f"cut{z}", f"{z}-same")) for z in range(4)
+    }
     again |= {
         f"zero {a} on 2 → zero {b}": spec(b, checkpoints=from_copy(f"cut{a}", f"{a}-{b}"))
         for a, b in ((1, 3), (3, 1), (2, 3), (0, 2), (3, 0))
     }
-    again |= {f"plain → zero {z} on 2": spec(z, checkpoints=from_copy("cut-plain", f"plain-{z}")) for z in range(4)}
+    again |= {
+        f"plain → zero {z} on 2": spec(z, checkpoints=from_copy("cut-plain", f"plain-{z}")) for z in range(4)
+    }
     found |= launch(2, again, folder)
 
-    alone = {f"zero 3 on 2 → zero {z} on 1": spec(z, checkpoints=from_copy("cut3", f"3-alone-{z}")) for z in (1, 3)}
+    alone = {
+        f"zero 3 on 2 → zero {z} on 1": spec(z, checkpoints=from_copy("cut3", f"3-alone-{z}")) for z in (1, 3)
+    }
     return found | launch(1, alone, folder)
 
 
@@ -122,7 +132,9 @@ def test_resumed_elsewhere(runs: dict[str, Any], name: str) -> None:
     assert int(runs[name]["state"]["seen"]) == STEPS
 
 
-def test_a_cut_run_left_only_whole_checkpoints(runs: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_cut_run_left_only_whole_checkpoints(
+    runs: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
     folder = next(p for p in Path(tmp_path_factory.getbasetemp()).glob("strategies*"))
     for z in range(4):
         assert [p.name for p in (folder / f"cut{z}").iterdir()] == [f"step-{SAVED:08d}"]

@@ -82,8 +82,12 @@ class Digits(Method):
 
     def __init__(self) -> None:
         super().__init__()
-        config = ViTConfig(name="vit_tiny", patch_size=2, in_chans=1, embed_dim=32, depth=2, num_heads=2, drop_path=0.2)
-        self.inner = Supervised(SupervisedConfig(label_smoothing=0.1), from_config(config, num_classes=7, image_size=4), 4)
+        config = ViTConfig(
+            name="vit_tiny", patch_size=2, in_chans=1, embed_dim=32, depth=2, num_heads=2, drop_path=0.2
+        )
+        self.inner = Supervised(
+            SupervisedConfig(label_smoothing=0.1), from_config(config, num_classes=7, image_size=4), 4
+        )
         self.model = self.inner.model
 
     def layer_of(self, name: str) -> int:
@@ -146,7 +150,9 @@ if __name__ == "__main__":
     world = World()
     if any(spec["zero"] is not None for spec in specs.values()):
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(workers), LOCAL_RANK=str(rank))
-        torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=workers)
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=workers
+        )
         world = world_of_group()
     results = {name: run(spec, world) for name, spec in specs.items()}
     if world.first:

@@ -186,7 +186,7 @@ class Micros(Dataset[Any]):
         if number < 0:
             side = self.recipes[0].view.size
             return torch.zeros((self.channels, side, side), dtype=torch.uint8), NO_LABEL, ""
-        assert self.reader is not None  # noqa: S101  (made in _build, the only caller)
+        assert self.reader is not None
         return self.reader.read(number, self.channels)
 
 
@@ -294,7 +294,7 @@ def _fork_server() -> Any:
 def _watch_parent(number: int) -> None:
     """Runs in a new loader process: end at once when the process that wanted it is gone."""
     parent = multiprocessing.parent_process()
-    assert parent is not None  # noqa: S101  (a loader process always has one)
+    assert parent is not None
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
 
 

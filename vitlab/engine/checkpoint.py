@@ -74,7 +74,8 @@ def _fill(files: list[Path], pieces: Iterable[Piece]) -> None:
     opened = [safe_open(str(f), framework="pt", device="cpu") for f in files]
     saved: dict[tuple[str, str], list[tuple[int, Any, str]]] = defaultdict(list)
     for source in opened:
-        for key in source.keys():  # noqa: SIM118  (a safe_open is not a dict)
+        names: list[str] = source.keys()  # type: ignore[no-untyped-call]
+        for key in names:
             kind, start, name = key.split(":", 2)
             saved[kind, name].append((int(start), source, key))
     for piece in pieces:
@@ -92,7 +93,9 @@ def _fill_one(piece: Piece, stretches: list[tuple[int, Any, str]]) -> None:
             piece.data[low - begin : high - begin].copy_(view[low - start : high - start])
             missing -= high - low
     if missing:
-        raise RuntimeError(f"the checkpoint lacks {missing} of {end - begin} elements of {piece.kind} {piece.name}")
+        raise RuntimeError(
+            f"the checkpoint lacks {missing} of {end - begin} elements of {piece.kind} {piece.name}"
+        )
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:

@@ -19,8 +19,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
-
 from vitlab.config import Config, UserError, free
 from vitlab.dist import World, backend, world_of_group
 
@@ -44,7 +42,7 @@ class ClusterConfig(Config):
     max_failures: int = free(3, ge=0, description="times that a worker may die before the stage fails")
 
 
-class JobFailed(RuntimeError):
+class JobFailed(RuntimeError):  # noqa: N818  (it reads as what happened)
     """A stage failed on its workers; the text names the log."""
 
 
@@ -134,7 +132,12 @@ class Session:
         trainer = TorchTrainer if self.trial else _without_cleaner(TorchTrainer)
         return trainer(
             serve,
-            train_loop_config={"desk": self.desk, "work": self.work, "logs": str(self.logs), "threads": self.config.threads},
+            train_loop_config={
+                "desk": self.desk,
+                "work": self.work,
+                "logs": str(self.logs),
+                "threads": self.config.threads,
+            },
             scaling_config=ScalingConfig(
                 num_workers=self.config.workers, use_gpu=gpus > 0, resources_per_worker=resources
             ),
@@ -186,7 +189,9 @@ def connect(config: ClusterConfig, cpus: int, dashboard: bool = False) -> bool:
         ray.init(address=address, runtime_env={"env_vars": environment | here}, **quiet)
     else:
         # Without the dashboard Ray is up sooner; a search needs it, to clean up after trials it stops.
-        ray.init(address="local", num_cpus=max(os.cpu_count() or 1, cpus), include_dashboard=dashboard, **quiet)
+        ray.init(
+            address="local", num_cpus=max(os.cpu_count() or 1, cpus), include_dashboard=dashboard, **quiet
+        )
     return True
 
 
@@ -244,6 +249,8 @@ def serve(config: dict[str, Any]) -> None:
     world = world_of_group()
     assert world.size == 1 or torch.distributed.get_backend() == backend(world.device)
     log = _redirect(Path(config["logs"]) / f"worker-{world.rank}.log")
+    sys.stdout.write(f"worker {world.rank} of {world.size} on {socket.gethostname()}, pid {os.getpid()}\n")
+    sys.stdout.flush()
     number = 0
     while True:
         number, job = ray.get(desk.next.remote(world.rank, number))

@@ -82,9 +82,7 @@ def make_strategy(method: Method, config: LoopConfig, zero: int | None, world: W
     from vitlab.engine.zero import Zero
 
     micro = config.batch_size // world.size // config.accumulate
-    return Zero(
-        method, config.optim, zero or 0, world, micro=micro, accumulate=config.accumulate, bf16=bf16
-    )
+    return Zero(method, config.optim, zero or 0, world, micro=micro, accumulate=config.accumulate, bf16=bf16)
 
 
 def train(method: Method, strategy: Strategy, plan: Plan, world: World) -> dict[str, float]:
@@ -231,4 +229,3 @@ class Clock:
         rate = self.steps * self.images / max(self.seconds, 1e-9)
         self.steps, self.seconds = 0, 0.0
         return rate
-

@@ -97,7 +97,7 @@ class Plain:
         self.method.train(mode)
 
     def backward(self, losses: Losses, weight: Tensor) -> None:
-        (losses.loss / weight).backward()
+        torch.autograd.backward(losses.loss / weight)
 
     def step(self) -> Tensor | float | None:
         parameters = [p for p in self.method.parameters() if p.requires_grad]

@@ -51,6 +51,8 @@ class Zero:
 
     @torch.no_grad()
     def average(self, target: nn.Module, source: nn.Module, momentum: float) -> None:
+        old: Any  # a parameter with what DeepSpeed adds to it
+        new: Any
         for old, new in zip(target.parameters(), source.parameters(), strict=True):
             if self.stage < 3:
                 old.lerp_(new, 1 - momentum)
@@ -64,7 +66,11 @@ class Zero:
 
     def own(self) -> Iterator[Piece]:
         for piece in self._shards():
-            whole = self.stage == 0 or piece.kind == "buffer" or (self.stage < 3 and not self._trained(piece.name))
+            whole = (
+                self.stage == 0
+                or piece.kind == "buffer"
+                or (self.stage < 3 and not self._trained(piece.name))
+            )
             if self.world.first or not whole:
                 yield piece
 
@@ -191,4 +197,3 @@ def _deepspeed(device: torch.device) -> Any:
 
 def _gathered(parameter: Any) -> bool:
     return bool(parameter.numel() == parameter.ds_numel)
-

@@ -1,0 +1,88 @@
+"""Kill -9 at any place: nothing is lost, nothing is double, the result is the same."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+
+from conftest import TINY, Ended, Lab
+
+PLAIN = ("cluster.workers=0", "cluster.zero=null")
+
+
+def test_the_driver_is_killed(lab: Lab, reference: tuple[Lab, Ended]) -> None:
+    kill_driver(lab)
+    again = lab.chain()
+    assert again.outcomes()["pretrain"] == "hit"
+    assert again.outcomes()["finetune"] == "resumed"
+    same_as(lab, reference[0])
+
+
+def test_stopped_on_two_workers_and_gone_on_with_on_one(lab: Lab, reference: tuple[Lab, Ended]) -> None:
+    kill_driver(lab)
+    again = lab.chain("cluster.workers=1", "cluster.zero=null")
+    assert again.outcomes()["finetune"] == "resumed"
+    ours, theirs = (x.curve(x.runs("finetune")[0], "train/loss") for x in (lab, reference[0]))
+    assert [step for step, _ in ours] == [step for step, _ in theirs]
+    # The same global batches: another grouping of the sums, nothing else.
+    assert max(abs(a - b) for (_, a), (_, b) in zip(ours, theirs, strict=True)) < 1e-5
+
+
+def test_a_worker_is_killed(lab: Lab, reference: tuple[Lab, Ended]) -> None:
+    process = lab.start("mae_then_finetune", TINY)
+    lab.wait_for_step(30, process)
+    (log,) = lab.home.glob("logs/*/worker-1.log")
+    pid = re.search(r"pid (\d+)", log.read_text())
+    assert pid
+    os.kill(int(pid[1]), signal.SIGKILL)
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, text
+    assert "a worker was lost" in text
+    same_as(lab, reference[0])
+
+
+def test_two_at_once_train_once(lab: Lab) -> None:
+    both = [lab.start("mae_then_finetune", TINY, *PLAIN) for _ in range(2)]
+    texts = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], texts
+    for stage in ("pretrain", "finetune", "distill"):
+        assert len(lab.runs(stage)) == 1
+    first, second = (Ended(0, text, 0.0).outcomes() for text in texts)
+    assert {first["finetune"], second["finetune"]} == {"ran", "hit"}
+    assert any("waits for process" in text for text in texts)
+
+
+def kill_driver(lab: Lab) -> None:
+    process = lab.start("mae_then_finetune", TINY)
+    lab.wait_for_step(30, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    (run,) = lab.runs("finetune", "RUNNING")
+    assert run.metrics["train/loss"] > 0
+    wait_until_gone(lab)
+
+
+def wait_until_gone(lab: Lab) -> None:
+    """The killed driver's workers end with it; the test of a fast restart is the fence's own."""
+    pids = [
+        found[1]
+        for log in lab.home.glob("logs/*/worker-*.log")
+        if (found := re.search(r"pid (\d+)", log.read_text()))
+    ]
+    assert pids
+    end = time.monotonic() + 60
+    while any(subprocess.run(["kill", "-0", pid], capture_output=True).returncode == 0 for pid in pids):
+        assert time.monotonic() < end, f"workers {pids} outlive their driver"
+        time.sleep(0.2)
+
+
+def same_as(lab: Lab, other: Lab) -> None:
+    """The same weights to the bit, in one run, whose curve has every point once."""
+    assert lab.digests() == other.digests()
+    assert len(lab.store().find({"vitlab.stage": "finetune"})) == 1
+    for name in ("train/loss", "train/lr", "val/loss", "val/top1"):
+        ours, theirs = (x.curve(x.runs("finetune")[0], name) for x in (lab, other))
+        assert ours == theirs

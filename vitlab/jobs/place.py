@@ -1,0 +1,43 @@
+"""Where a job reads and writes, and how its images reach the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vitlab.batch import Batch
+from vitlab.data import Shards, ShardsConfig, normalisation, open_shards
+from vitlab.dist import World
+from vitlab.tracking import Store, TrackingConfig
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a job reads and writes."""
+
+    home: Path
+    tracking: TrackingConfig
+    run_id: str
+    shards: Path
+    data: ShardsConfig
+    loaders: int
+
+    def store(self) -> Store:
+        return Store(self.tracking, self.home)
+
+    def open(self) -> Shards:
+        return open_shards(self.shards)
+
+
+def mover(data: ShardsConfig, world: World) -> Callable[[Batch], Batch]:
+    """What puts a batch on this worker's device, normalised."""
+    mean, std = (t.to(world.device) for t in normalisation(data))
+    return lambda batch: batch.to(world.device, mean, std)
+
+
+def preprocess(data: ShardsConfig) -> dict[str, Any]:
+    """What a model needs to know to be given images as it was trained on them."""
+    mean, std = (t.flatten().tolist() for t in normalisation(data))
+    return {"image_size": data.image_size, "channels": data.channels, "mean": mean, "std": std}

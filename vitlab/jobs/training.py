@@ -1,0 +1,191 @@
+"""One training stage on its workers: from the inputs to a published model."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitlab.batch import Batch
+from vitlab.cache import Artifact, Fence, publish
+from vitlab.config import UserError
+from vitlab.data import (
+    ReadPlan,
+    Shards,
+    eval_batches,
+    normalisation,
+    order_of,
+    train_batches,
+)
+from vitlab.dist import World
+from vitlab.engine.launch import Post
+from vitlab.engine.loop import Plan, make_strategy, train
+from vitlab.engine.strategy import Strategy
+from vitlab.evaluation import (
+    reconstruction_figure,
+    save_figure,
+    validate,
+)
+from vitlab.experiment import TrainConfig
+from vitlab.jobs.place import Place, mover, preprocess
+from vitlab.jobs.record import Recorder, Silent
+from vitlab.methods import MAE, Method, Picture, create_method
+from vitlab.models import Backbone, from_config, load_model, load_state, save_model
+
+PICTURED = 8  # images in a reconstruction picture
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    stage: str
+    config: TrainConfig
+    seed: int
+    place: Place
+    zero: int | None
+    checkpoints: Path
+    token: str  # fence: see vitlab.cache.Fence
+    init: Path | None = None  # a model folder whose backbone this one starts from
+    teacher: Path | None = None
+
+
+def run_training(job: TrainJob, world: World, post: Post) -> dict[str, Any]:
+    begin = time.perf_counter()
+    shards, config = job.place.open(), job.config
+    method = _method(job, shards).to(world.device)
+    strategy = make_strategy(method, config, job.zero, world)
+    read = ReadPlan(
+        views=method.views(),
+        batch=config.batch_size,
+        epochs=config.epochs,
+        seed=job.seed,
+        rank=world.rank,
+        workers=world.size,
+        accumulate=config.accumulate,
+        loaders=job.place.loaders,
+        augment=config.augment,
+    )
+    recorder = Recorder(job.place, post) if world.first else Silent()
+    fence = Fence(job.checkpoints)
+    plan = Plan(
+        config=config,
+        steps_per_epoch=order_of(shards, job.place.data, read).steps,
+        batches=lambda start: _steps(job.place, shards, read, world, start),
+        recorder=recorder,
+        checkpoints=job.checkpoints,
+        probes=[_validation(job, method, shards, world)] if shards.count("val") else [],
+        may_commit=lambda: fence.holds(job.token),
+    )
+    ready = time.perf_counter()
+    try:
+        last = train(method, strategy, plan, world)
+    finally:
+        recorder.close()  # also after a failure: the last points tell most
+    trained = time.perf_counter()
+    state = strategy.state(method.export())
+    picture = _reconstructions(job, method, strategy, shards, world)
+    strategy.close()
+    if not world.first:
+        return {}
+    assert state is not None
+    artifact = _publish_model(job, shards, method, state, picture)
+    seconds = {"start": ready - begin, "train": trained - ready, "publish": time.perf_counter() - trained}
+    return {"artifact": artifact, "metrics": last, "seconds": seconds}
+
+
+def _method(job: TrainJob, shards: Shards) -> Method:
+    """The same start on every worker: initialisation draws from the stage's seed alone."""
+    torch.manual_seed(job.seed)
+    config, classes = job.config, _classes(job, shards)
+    model = from_config(config.model, num_classes=classes, image_size=job.place.data.image_size)
+    if job.init is not None:
+        _start_from(model, job.init)
+    teacher = load_model(job.teacher).model if job.teacher is not None else None
+    return create_method(config.method, model, teacher=teacher)
+
+
+def _classes(job: TrainJob, shards: Shards) -> int:
+    if job.config.method.name == "mae":
+        return 0
+    given, found = job.config.model.num_classes, len(shards.classes)
+    if given is not None and given != found:
+        raise UserError(
+            f"{job.stage}.model.num_classes: given {given}, but the shards have {found} classes; leave it out"
+        )
+    return found
+
+
+def _start_from(model: Backbone, folder: Path) -> None:
+    """All of another model's backbone. Only heads, and the norm that pooling belongs to, start fresh."""
+    source = load_model(folder).model
+    fresh = {"head", "head_dist"}
+    if model.config.pool != source.config.pool:
+        fresh |= {"norm", "fc_norm"}
+    load_state(model, source.state_dict(), replace=fresh)
+
+
+def _steps(place: Place, shards: Shards, read: ReadPlan, world: World, start: int) -> Iterator[list[Batch]]:
+    to_device = mover(place.data, world)
+    batches = train_batches(shards, place.data, read, start_step=start)
+    while step := [to_device(batch) for batch in itertools.islice(batches, read.accumulate)]:
+        yield step
+
+
+def _validation(job: TrainJob, method: Method, shards: Shards, world: World) -> Any:
+    to_device = mover(job.place.data, world)
+
+    def probe(strategy: Strategy, step: int) -> Iterator[tuple[str, float]]:
+        batches = eval_batches(shards, job.place.data, "val", job.config.batch_size, world)
+        return validate(strategy.forward, method.weigh, (to_device(b) for b in batches), world)
+
+    return probe
+
+
+def _reconstructions(
+    job: TrainJob, method: Method, strategy: Strategy, shards: Shards, world: World
+) -> Picture | None:
+    """Image, visible part and reconstruction of some held-out images, values in 0..1; only MAE has them."""
+    split = next((s for s in ("held_out", "val") if shards.count(s)), None)
+    if not isinstance(method, MAE) or split is None:
+        return None
+    mean, std = (t.to(world.device) for t in normalisation(job.place.data))
+    batch = next(iter(eval_batches(shards, job.place.data, split, PICTURED * world.size, world)))
+    strategy.train(False)
+    with torch.no_grad():
+        picture: Picture = strategy.forward(batch.to(world.device, mean, std), picture=True)
+    return Picture(*((p.float() * std + mean).cpu() for p in picture))
+
+
+def _publish_model(
+    job: TrainJob, shards: Shards, method: Method, state: dict[str, Tensor], picture: Picture | None
+) -> Artifact:
+    store = job.place.store()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        if picture is not None:
+            title = f"MAE reconstructions of held-out images · {job.stage}"
+            figure = reconstruction_figure(picture.original, picture.masked, picture.reconstruction, title)
+            save_figure(figure, folder / "pictures/reconstructions.png")
+            store.upload(job.place.run_id, folder / "pictures", "pictures")
+        model = method.export()
+        assert isinstance(model, Backbone)
+        save_model(
+            model,
+            folder / "model",
+            preprocess=preprocess(job.place.data),
+            labels=shards.classes,
+            state=state,
+        )
+        return publish(store, job.place.run_id, folder / "model", "model")
+
+
+def forget(checkpoints: Path) -> None:
+    """A finished stage needs its resume state no more."""
+    shutil.rmtree(checkpoints, ignore_errors=True)
