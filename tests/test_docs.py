@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +111,16 @@ def _below(annotation: Any) -> set[type[BaseModel]]:
 def test_the_example_is_an_experiment() -> None:
     text = PAGE.split("```yaml\n")[1].split("```")[0]
     assert resolved(build(Experiment, yaml.safe_load(text)))["name"] == "flowers"
+
+
+def test_the_floors_are_those_of_the_test() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text("utf8")
+    told = {
+        f"{'' if path == 'pipelines/' else 'vitlab/'}{path}": int(floor)
+        for floor, paths in re.findall(r"^\| (-?\d+) \| (`.*?`) \|", text, re.MULTILINE)
+        for path in re.findall(r"`(.+?)`", paths)
+    }
+    assert told == runpy.run_path(str(ROOT / "tests" / "test_floors.py"))["FLOORS"]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
