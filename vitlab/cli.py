@@ -1,7 +1,7 @@
 """The command `vitlab`, and what starts a pipeline: arguments in, exit code out.
 
-Exit codes: 0 done; 1 failed while running; 2 nothing was started, the experiment or its place is wrong;
-130 interrupted.
+Exit codes: 0 done; 1 failed while running; 2 the experiment asks for what cannot be, with few exceptions
+(a loss that is not a number) before anything starts; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -151,9 +151,15 @@ def _run(given: argparse.Namespace) -> None:
 
 def _ui(given: argparse.Namespace) -> None:
     """Replaces this process by MLflow's server, on loopback."""
+    from vitlab.face import Face
     from vitlab.home import home
 
-    place = home()
+    place, address = home(), f"http://127.0.0.1:{given.port}"
+    Face().print(f"MLflow's UI starts at {address} (some seconds; Ctrl-C ends it)")
+    os.environ.setdefault(
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false"
+    )  # worker processes that nothing here uses
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     command = [
         sys.executable,
         "-m",

@@ -50,7 +50,7 @@ class TuneConfig(Config):
     trials: int = Field(8, gt=0)
     metric: str = "val/top1"
     mode: Literal["max", "min"] = "max"
-    grace_epochs: int = Field(1, gt=0, description="validations before ASHA may stop a trial")
+    grace_epochs: int = Field(1, gt=0, description="epochs before ASHA may stop a trial")
     reduction: int = Field(3, gt=1, description="ASHA keeps one of so many at each rung")
     concurrent: int = free(2, gt=0, description="trials at a time")
     workers: int = free(0, ge=0, description="workers of a trial; 0: in the trial's own process")

@@ -49,6 +49,8 @@ class Line:
 
     def say(self, text: str) -> None:
         """What is being done when no step can be counted."""
+        if text == self.text:
+            return
         self.text = text
         if self.bar is not None:
             self.bar.update(self.task, text=_cut(text, self._room()), refresh=True)

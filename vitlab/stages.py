@@ -213,7 +213,7 @@ class Run:
         except BaseException as error:
             self.store.status(run_id, _status(type(error)))
             raise
-        self.store.metrics(run_id, {f"time/{name}_s": t for name, t in result["seconds"].items()})
+        self.store.metrics(run_id, {f"wall/{name}_s": t for name, t in result["seconds"].items()})
         self.store.status(run_id, "FINISHED")
         forget(self._checkpoints(run_id))
         return result
@@ -268,17 +268,18 @@ class Run:
     def _summary(self) -> None:
         total = time.monotonic() - self.began
         self.face.table(f"{self.pipeline} · {self.experiment.name} · {total:.0f} s")
-        self.face.print(f"curves   {self.store.curves()}")
-        stage = next((s for s in ("search", "finetune", "pretrain") if s in self.done), None)
-        if stage is not None:
-            mine = self.done[stage].artifact.run_id
-            found = self.store.find({"vitlab.stage": "finetune" if stage == "search" else stage})
-            others = [r.run_id for r in found if r.status == "FINISHED" and r.run_id != mine]
-            self.face.print(f"compare  {self.store.comparison([mine, *others[:4]])}")
         if not self.store.remote:
-            self.face.print(
-                "open     make ui   (then the links above show the curves and the params side by side)"
-            )
+            self.face.print("open     make ui   (or: vitlab ui; then these links show the runs)")
+        stage = next((s for s in ("search", "finetune", "pretrain") if s in self.done), None)
+        if stage is None:
+            return
+        mine = self.done[stage].artifact.run_id
+        if stage == "search":
+            stage, mine = "finetune", self.store.get(mine).tags["vitlab.best"]
+        self.face.print(f"curves   {self.store.curves(stage)}")
+        found = self.store.find({"vitlab.stage": stage})
+        others = [r.run_id for r in found if r.status == "FINISHED" and r.run_id != mine]
+        self.face.print(f"compare  {self.store.comparison([mine, *others[:4]])}")
 
 
 def _status(error: type[BaseException] | None) -> str:
@@ -294,8 +295,9 @@ def _title(label: str, config: Config) -> str:
     if not isinstance(config, TrainConfig):
         return label
     model, optim = config.model, config.optim
-    parts = [label, model.name, config.method.name, f"lr {optim.lr:.2g}"]
+    parts = [label, f"lr {optim.lr:.2g}"]  # what differs first: MLflow's lists cut long names
     parts += [f"layer decay {optim.layer_decay:g}"] if optim.layer_decay < 1 else []
+    parts += [model.name, config.method.name]
     return " · ".join(parts)
 
 
@@ -314,11 +316,16 @@ def _figure(metrics: dict[str, float]) -> str:
 def load(uri: str, tracking: TrackingConfig | None = None) -> Loaded:
     """A trained model by `runs:/RUN/model`, or by its folder: model, preprocessing, labels."""
     if not uri.startswith("runs:/"):
-        return load_model(Path(uri))
+        return _ready(load_model(Path(uri)))
     run_id, _, path = uri.removeprefix("runs:/").partition("/")
     folder = Store(tracking or TrackingConfig(), home()).download(run_id, path or "model")
     if folder is None:
         raise UserError(
             f"{uri}: this run has no such artifact; given path {path or 'model'!r}, expected 'model'"
         )
-    return load_model(folder)
+    return _ready(load_model(folder))
+
+
+def _ready(loaded: Loaded) -> Loaded:
+    loaded.model.eval()
+    return loaded

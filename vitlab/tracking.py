@@ -184,17 +184,22 @@ class Store:
     def ui(self) -> str:
         return self.uri if self.remote else UI
 
-    def curves(self, stage: str | None = None) -> str:
-        """All curves overlaid in the chart view, without a click."""
-        only = quote(f"tags.`vitlab.stage` = '{stage}'", safe="") if stage else ""
-        search = f"&searchFilter={only}" if stage else ""
-        view = "workflowType=machine_learning&compareRunsMode=CHART"
-        return f"{self.ui()}/#/experiments/{self.experiment_id}/runs?{view}{search}"
+    def curves(self, stage: str) -> str:
+        """All curves of a stage's runs overlaid in the chart view, without a click.
+
+        Sorted by a metric, because MLflow then lists the trials of a search flat, beside the other runs;
+        else it hides them, and their curves, under the search.
+        """
+        only = quote(f"tags.`vitlab.stage` = '{stage}'", safe="")
+        order = quote("metrics.`val/top1`" if stage == "finetune" else "metrics.`train/loss`", safe="")
+        view = f"workflowType=machine_learning&compareRunsMode=CHART&searchFilter={only}"
+        first = f"orderByKey={order}&orderByAsc={'false' if stage == 'finetune' else 'true'}"
+        return f"{self.ui()}/#/experiments/{self.experiment_id}/runs?{view}&{first}"
 
     def comparison(self, run_ids: list[str]) -> str:
         """Params side by side."""
         runs, ids = quote(json.dumps(run_ids)), quote(json.dumps([self.experiment_id]))
-        return f"{self.ui()}/#/compare-runs?runs={runs}&experiments={ids}"
+        return f"{self.ui()}/#/compare-runs?runs={runs}&experiments={ids}&workflowType=machine_learning"
 
 
 class Metrics:

@@ -26,7 +26,16 @@ Post = Callable[[str, Any], None]
 Work = Callable[[Any, World, Post], dict[str, Any]]
 
 # What a collective says when the other side has died; anything else is this worker's own fault.
-PEER_LOST = ("gloo", "nccl", "connection", "peer", "timed out", "socket")
+PEER_LOST = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "connection refused",
+    "broken pipe",
+    "timed out waiting",
+    "pair closure",  # gloo
+    "communicator was aborted",  # NCCL
+    "remote process exited",
+)
 
 
 class ClusterConfig(Config):
@@ -104,7 +113,8 @@ class Session:
     # ------------------------------------------------------------ start
 
     def _start(self) -> None:
-        self.on_event("say", "starting Ray")
+        elsewhere = self.config.address or os.environ.get("RAY_ADDRESS")
+        self.on_event("say", f"joining Ray at {elsewhere}" if elsewhere else "starting Ray")
         self.logs.mkdir(parents=True, exist_ok=True)
         self.own_ray = connect(self.config, int(self.config.workers * self.config.cpus_per_worker) + 1)
         import ray
@@ -185,6 +195,7 @@ def connect(config: ClusterConfig, cpus: int, dashboard: bool = False) -> bool:
     address = config.address or os.environ.get("RAY_ADDRESS")
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     if address:
+        os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # else a job's own variables are a clash
         here = {name: os.environ[name] for name in ("VITLAB_HOME", "VITLAB_GIT_SHA") if name in os.environ}
         ray.init(address=address, runtime_env={"env_vars": environment | here}, **quiet)
     else:
@@ -270,8 +281,11 @@ def serve(config: dict[str, Any]) -> None:
 
 
 def _peer_lost(error: Exception) -> bool:
-    text = f"{type(error).__name__} {error}".lower()
-    return not isinstance(error, UserError) and any(word in text for word in PEER_LOST)
+    from torch.distributed import DistError
+
+    if isinstance(error, DistError):
+        return True
+    return isinstance(error, RuntimeError | OSError) and any(text in str(error).lower() for text in PEER_LOST)
 
 
 def _redirect(path: Path) -> Path:

@@ -161,7 +161,7 @@ def _settings(
     method: Method, optim: OptimConfig, stage: int, world: World, options: dict[str, Any]
 ) -> dict[str, Any]:
     elements = sum(p.numel() for p in method.parameters())
-    bucket = max(1_000_000, min(elements, 200_000_000))
+    bucket = max(1_000_000, min(elements, 200_000_000)) // 1024 * 1024 + 1024  # DeepSpeed wants it aligned
     return {
         "train_micro_batch_size_per_gpu": options["micro"],
         "gradient_accumulation_steps": options["accumulate"],

@@ -7,11 +7,13 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from vitlab.evaluation.classify import Tally
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 BLUE = "#1f4e79"
@@ -80,10 +82,20 @@ def reconstruction_figure(original: Tensor, masked: Tensor, painted: Tensor, tit
             axes.spines[:].set_color("#cccccc")
             pixels = images[c].detach().float().cpu().clamp(0, 1).permute(1, 2, 0)
             axes.imshow(pixels.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            if name == "visible":
+                hidden = (images[c] - original[c]).abs().amax(0) > 0
+                _hatch(axes, hidden)
             if c == 0:
                 axes.set_ylabel(name, fontsize=9)
     figure.suptitle(title, fontsize=10)
     return figure
+
+
+def _hatch(axes: Axes, hidden: Tensor) -> None:
+    """Tints what the encoder did not see: the fill alone looks like any grey pixel."""
+    tint = torch.zeros(*hidden.shape, 4)
+    tint[hidden] = torch.tensor([0.94, 0.55, 0.24, 1.0])
+    axes.imshow(tint.numpy(), interpolation="nearest")
 
 
 def _shortened(label: str) -> str:

@@ -24,13 +24,15 @@ def search_figure(trials: list[Trial], metric: str, logs: set[str], lowest: bool
 
     `logs` are the settings on a log axis; `lowest`: the best is the lowest.
     """
+    from matplotlib.ticker import NullFormatter
+
     names = sorted({name for trial in trials for name in trial.choice})
     figure = blank_figure(3.2 * len(names), 3.0)
     whole = [trial for trial in trials if trial.run_id]
     best = (min if lowest else max)(whole, key=lambda trial: trial.figure, default=None)
     for i, name in enumerate(names):
         axes = figure.add_subplot(1, len(names), i + 1)
-        for trial in trials:
+        for trial in sorted(trials, key=lambda trial: trial is best):  # the best on top
             color = "#c0392b" if trial is best else "#1f4e79"
             face = color if trial.run_id else "none"
             value = trial.choice[name]
@@ -38,6 +40,7 @@ def search_figure(trials: list[Trial], metric: str, logs: set[str], lowest: bool
             axes.scatter(value, trial.figure, s=36, edgecolors=color, facecolors=face)
         if name in logs:
             axes.set_xscale("log")
+            axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(name)
         axes.grid(alpha=0.3)
         if i == 0:

@@ -37,7 +37,7 @@ from vitlab.evaluation import (
 from vitlab.experiment import TrainConfig
 from vitlab.jobs.place import Place, mover, preprocess
 from vitlab.jobs.record import Recorder, Silent
-from vitlab.methods import MAE, Method, Picture, create_method
+from vitlab.methods import MAE, METHODS, Method, Picture, create_method
 from vitlab.models import Backbone, from_config, load_model, load_state, save_model
 
 PICTURED = 8  # images in a reconstruction picture
@@ -94,6 +94,8 @@ def run_training(job: TrainJob, world: World, post: Post) -> dict[str, Any]:
     strategy.close()
     if not world.first:
         return {}
+    if not fence.holds(job.token):
+        raise RuntimeError(f"another process has taken over this stage; run {job.place.run_id} is left to it")
     assert state is not None
     artifact = _publish_model(job, shards, method, state, picture)
     seconds = {"start": ready - begin, "train": trained - ready, "publish": time.perf_counter() - trained}
@@ -112,7 +114,7 @@ def _method(job: TrainJob, shards: Shards) -> Method:
 
 
 def _classes(job: TrainJob, shards: Shards) -> int:
-    if job.config.method.name == "mae":
+    if METHODS[job.config.method.name].headless:
         return 0
     given, found = job.config.model.num_classes, len(shards.classes)
     if given is not None and given != found:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -23,6 +23,8 @@ class Losses(NamedTuple):  # a tuple, because ZeRO-3's hooks look for tensors in
 
 class Method(nn.Module):
     """An objective: owns the model it trains and everything its loss needs."""
+
+    headless: ClassVar[bool] = False  # whether it trains a backbone without a classifier
 
     model: Backbone  # the one that is trained
 

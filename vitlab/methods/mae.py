@@ -59,6 +59,7 @@ class Picture(NamedTuple):
 
 
 class MAE(Method):
+    headless = True
     model: ViT
     decoder_pos_embed: Tensor
 
