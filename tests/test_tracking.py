@@ -127,7 +127,7 @@ def test_links(store: Store) -> None:
     assert link.startswith(f"http://127.0.0.1:5000/#/experiments/{store.experiment_id}/runs?")
     assert "tags.`vitlab.stage` = 'finetune'" in unquote(link)
     assert unquote(store.comparison(["a", "b"])).endswith(
-        f'/#/compare-runs?runs=["a", "b"]&experiments=["{store.experiment_id}"]'
+        f'/#/compare-runs?runs=["a", "b"]&experiments=["{store.experiment_id}"]&workflowType=machine_learning'
     )
 
 

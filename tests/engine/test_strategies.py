@@ -39,6 +39,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     two = {f"zero {z}": spec(z) for z in range(4)}
     two |= {f"zero {z}, accumulate 2": spec(z, config={"accumulate": 2}) for z in range(4)}
     two |= {f"digits, zero {z}": spec(z, "digits") for z in range(4)}
+    two |= {f"bf16, zero {z}": spec(z, "digits", config={"precision": "bf16"}) for z in (0, 1, 3)}
     two |= {f"cut at zero {z}": spec(z, **cut(f"cut{z}")) for z in range(4)}
     found = launch(2, two, folder)
 
@@ -89,6 +90,13 @@ def test_every_stage_has_the_curve_of_plain_pytorch(runs: dict[str, Any]) -> Non
         assert weights_apart(runs["digits, plain"], runs[f"digits, zero {z}"]) < 1e-4  # Adam, tiny gradients
     first, last = runs["digits, plain"]["points"][0][1], runs["digits, plain"]["points"][-1][1]
     assert last["train/loss"] < first["train/loss"]
+
+
+def test_half_precision_stays_near_and_keeps_its_master(runs: dict[str, Any]) -> None:
+    for z in (0, 1, 3):
+        half = runs[f"bf16, zero {z}"]
+        assert 1e-6 < curves_apart(runs["digits, plain"], half) < 0.05
+        assert {t.dtype for t in half["state"].values()} == {torch.float32}
 
 
 def test_averages_are_held_at_every_stage(runs: dict[str, Any]) -> None:

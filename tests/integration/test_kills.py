@@ -32,7 +32,7 @@ def test_stopped_on_two_workers_and_gone_on_with_on_one(lab: Lab, reference: tup
 
 
 def test_a_worker_is_killed(lab: Lab, reference: tuple[Lab, Ended]) -> None:
-    process = lab.start("mae_then_finetune", TINY)
+    process = lab.start("mae_then_finetune", TINY, "cluster.loaders=1")  # its loader must go with it
     lab.wait_for_step(30, process)
     (log,) = lab.home.glob("logs/*/worker-1.log")
     pid = re.search(r"pid (\d+)", log.read_text())

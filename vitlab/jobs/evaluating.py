@@ -54,7 +54,8 @@ def run_evaluation(job: EvaluateJob, world: World, post: Post) -> dict[str, Any]
     metrics, store = dict(tally.figures()), job.place.store()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        title = f"{job.title} · {tally.images} {job.config.split.replace('_', '-')} images · top-1 {metrics['eval/top1']:.2%}"
+        split, top1 = job.config.split.replace("_", "-"), metrics["eval/top1"]
+        title = f"{job.title} · {tally.images} {split} images · top-1 {top1:.2%}"
         save_figure(confusion_figure(tally, shards.classes, title), folder / "confusion.png")
         (folder / "confusion.csv").write_text(confusion_table(tally, shards.classes), "utf8")
         by_class = dict(zip(shards.classes, tally.by_class(), strict=True))
