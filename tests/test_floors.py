@@ -36,7 +36,7 @@ FLOORS = {
 
 # The only files that may import a vendor. Ray's core belongs to the session, its libraries to their room.
 DOORS = {
-    "ray": {"vitlab/engine/launch.py", "vitlab/tune.py"},
+    "ray": {"vitlab/engine/launch.py", "vitlab/engine/serve.py", "vitlab/tune.py"},
     "ray.train": {"vitlab/engine/launch.py"},
     "ray.tune": {"vitlab/tune.py"},
     "deepspeed": {"vitlab/engine/zero.py"},

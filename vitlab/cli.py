@@ -59,6 +59,7 @@ def _start(
 def guarded(action: Callable[[], None]) -> int:
     """Runs an action; a problem that a person can mend is one line, anything else keeps its traceback."""
     from vitlab.config import UserError
+    from vitlab.engine.launch import JobFailed
     from vitlab.face import Face
 
     face = Face()
@@ -70,9 +71,7 @@ def guarded(action: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         face.problem("interrupted; the same command goes on from the last checkpoint")
         return 130
-    except RuntimeError as error:
-        if type(error).__name__ != "JobFailed":
-            raise
+    except JobFailed as error:
         face.problem(str(error))
         return 1
     return 0

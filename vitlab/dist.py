@@ -73,5 +73,5 @@ def world_of_group() -> World:
 def half(where: torch.device, precision: str) -> bool:
     """Whether matrix products run in bfloat16: `auto` means where the device is made for it."""
     if precision == "auto":
-        return where.type == "cuda" and torch.cuda.is_bf16_supported()
+        return where.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return precision == "bf16"

@@ -10,12 +10,13 @@ import hashlib
 import json
 import os
 import queue
+import re
 import shutil
 import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.parse import quote, unquote, urlsplit
@@ -110,7 +111,7 @@ class Store:
         first |= {"mlflow.parentRunId": parent} if parent else {}
         run_id = str(self.client.create_run(self.experiment_id, tags=first, run_name=name).info.run_id)
         entities = _entities()
-        items = [entities.Param(key, _param(value)) for key, value in params.items()]
+        items = [entities.Param(_plain(key), _param(value)) for key, value in params.items()]
         for begin in range(0, len(items), PARAMS):
             self.client.log_batch(run_id, params=items[begin : begin + PARAMS])
         self.tag(run_id, {"vitlab.home": self.home_id, **tags})
@@ -124,7 +125,7 @@ class Store:
 
     def tag(self, run_id: str, tags: Mapping[str, str]) -> None:
         entities = _entities()
-        self.client.log_batch(run_id, tags=[entities.RunTag(k, v) for k, v in tags.items()])
+        self.client.log_batch(run_id, tags=[entities.RunTag(_plain(k), v) for k, v in tags.items()])
 
     def find(self, tags: Mapping[str, str], limit: int = 50) -> list[Found]:
         """Runs that carry these tags, newest first."""
@@ -139,7 +140,7 @@ class Store:
 
     def metrics(self, run_id: str, values: Mapping[str, float], step: int = 0) -> None:
         entities, now = _entities(), int(time.time() * 1000)
-        points = [entities.Metric(k, float(v), now, step) for k, v in values.items()]
+        points = [entities.Metric(_plain(k), float(v), now, step) for k, v in values.items()]
         for begin in range(0, len(points), BATCH):
             self.client.log_batch(run_id, metrics=points[begin : begin + BATCH])
 
@@ -209,8 +210,9 @@ class Metrics:
     dropped, so a curve has neither hole nor double point.
     """
 
-    def __init__(self, store: Store, run_id: str) -> None:
-        self.store, self.run_id = store, run_id
+    def __init__(self, store: Store, run_id: str, may_write: Callable[[], bool] = lambda: True) -> None:
+        """`may_write` is asked before every write; once it says no, another process owns the run."""
+        self.store, self.run_id, self.may_write = store, run_id, may_write
         self.last = self._last_steps()
         self.points: queue.SimpleQueue[Any] = queue.SimpleQueue()  # points; an event: flush; None: the end
         self.error: Exception | None = None
@@ -254,6 +256,8 @@ class Metrics:
         while going:
             points, end = self._gather()
             try:
+                if points and not self.may_write():
+                    raise RuntimeError(f"another process has taken over run {self.run_id}")
                 for begin in range(0, len(points), BATCH):
                     self.store.client.log_batch(self.run_id, metrics=points[begin : begin + BATCH])
             except Exception as error:  # handed to the thread that logs
@@ -328,6 +332,11 @@ def _user() -> str:
         return getpass.getuser()
     except (KeyError, OSError):  # a container without a user entry
         return str(os.getuid())
+
+
+def _plain(name: str) -> str:
+    """A name with other characters than MLflow takes (a class is called `colt's foot`) loses those."""
+    return re.sub(r"[^\w./: -]", "_", name)
 
 
 def _param(value: Any) -> str:

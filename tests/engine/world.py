@@ -80,11 +80,12 @@ def batches(config: LoopConfig, world: World, start: int, stop: int | None) -> A
 class Digits(Method):
     """A real objective: a small ViT on images made of the batch's numbers."""
 
+    width = 32
+
     def __init__(self) -> None:
         super().__init__()
-        config = ViTConfig(
-            name="vit_tiny", patch_size=2, in_chans=1, embed_dim=32, depth=2, num_heads=2, drop_path=0.2
-        )
+        sizes = {"patch_size": 2, "in_chans": 1, "embed_dim": self.width, "depth": 2, "num_heads": 2}
+        config = ViTConfig.model_validate({"name": "vit_tiny", "drop_path": 0.2, **sizes})
         self.inner = Supervised(
             SupervisedConfig(label_smoothing=0.1), from_config(config, num_classes=7, image_size=4), 4
         )
@@ -102,7 +103,13 @@ class Digits(Method):
         return self.inner(replace(batch, views=[images], labels=labels))
 
 
-METHODS = {"toy": Toy, "digits": Digits}
+class Wide(Digits):
+    """Matrices above ZeRO-3's persistence threshold, so that they really are sharded."""
+
+    width = 128
+
+
+METHODS = {"toy": Toy, "digits": Digits, "wide": Wide}
 
 
 def run(spec: dict[str, Any], world: World) -> dict[str, Any] | None:

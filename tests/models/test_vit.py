@@ -264,7 +264,7 @@ def test_presets_and_their_config() -> None:
         ("vit_tiny", (32, 8), {}, r"image_size 8 is not divisible by patch_size 16; nearest: 16"),
         ("vit_tiny", 32, {"num_heads": 5}, r"embed_dim 192 is not divisible by num_heads 5"),
         ("vit_tiny", 32, {"embed_dim": 6, "positions": "sincos"}, r"embed_dim 6 is not divisible by 4"),
-        ("vit_tiny", 32, {"drop_path": 1.0}, r"drop_path: given 1.0; input should be less than 1"),
+        ("vit_tiny", 32, {"drop_path": 1.0}, r"drop_path: given 1.0; must be at least 0 and less than 1"),
         ("deit_tiny", 32, {"pool": "mean"}, r"pool: given 'mean'; .*allowed: token"),
         ("vit_tiny", 32, {"num_classes": -1}, r"num_classes: given -1"),
     ],

@@ -90,7 +90,10 @@ class Parts(NamedTuple):
 
 def decode(data: bytes, channels: int) -> Tensor:
     """The bytes of an image file → uint8 C H W, upright."""
-    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert(MODES[channels])
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion would cut all above 255 off
+        image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().astype(np.uint8))
+    image = image.convert(MODES[channels])
     pixels = torch.from_numpy(np.array(image))
     return pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()
 

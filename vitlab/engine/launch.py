@@ -8,34 +8,15 @@ runs in this process, without Ray.
 
 from __future__ import annotations
 
-import asyncio
 import os
-import socket
-import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 from vitlab.config import Config, UserError, free
-from vitlab.dist import World, backend, world_of_group
-
-Post = Callable[[str, Any], None]
-Work = Callable[[Any, World, Post], dict[str, Any]]
-
-# What a collective says when the other side has died; anything else is this worker's own fault.
-PEER_LOST = (
-    "connection closed by peer",
-    "connection reset by peer",
-    "connection refused",
-    "broken pipe",
-    "timed out waiting",
-    "pair closure",  # gloo
-    "communicator was aborted",  # NCCL
-    "remote process exited",
-)
+from vitlab.dist import World
+from vitlab.engine.serve import Desk, Post, Work, first_line, serve
 
 
 class ClusterConfig(Config):
@@ -46,9 +27,10 @@ class ClusterConfig(Config):
     loaders: int = free(0, ge=0, description="processes that read and decode for each worker")
     threads: int = free(1, gt=0, description="CPU threads of a worker")
     cpus_per_worker: float = free(1.0, gt=0)
-    gpus_per_worker: float | None = free(None, ge=0, description="none: 1 where the cluster has GPUs")
+    gpus_per_worker: Literal[0, 1] | None = free(None, description="none: 1 if every worker can have one")
+    autoscale: bool = free(False, description="the cluster grows when asked: wait for what it lacks")
     address: str | None = free(None, description="a Ray cluster; none: $RAY_ADDRESS, else one of our own")
-    max_failures: int = free(3, ge=0, description="times that a worker may die before the stage fails")
+    max_failures: int = free(3, ge=0, description="losses of workers that a stage survives")
 
 
 class JobFailed(RuntimeError):  # noqa: N818  (it reads as what happened)
@@ -78,32 +60,49 @@ class Session:
             self._start()
         import ray
 
-        ray.get(self.desk.post.remote(job))
+        try:
+            return self._follow(ray.get(self.desk.post.remote(job)))
+        except BaseException:
+            self.close(idle=False)  # the workers may be anywhere; the next job gets new ones
+            raise
+
+    def _follow(self, number: int) -> dict[str, Any]:
+        """Passes a job's events on until its result comes."""
+        import ray
+
+        restarted = False
         while True:
+            alive = self.fit is not None and self.fit.is_alive()
             events = ray.get(self.desk.poll.remote())
             for kind, payload in events:
-                if kind == "done":
+                if kind == f"done {number}":
+                    if restarted:
+                        self.close()  # each stage has its own `max_failures`: the next one starts a group
                     return dict(payload)
-                if kind == "failed":
+                if kind == f"failed {number}":
                     self._raise(payload)
+                restarted = restarted or kind == "restarted"
                 self.on_event(kind, payload)
-            if self.fit_error is not None:
-                raise JobFailed(f"the workers ended: {_first_line(self.fit_error)}; logs: {self.logs}")
+            if not alive and not events:
+                why = first_line(self.fit_error) if self.fit_error else "without a word"
+                raise JobFailed(f"the workers ended: {why}; logs: {self.logs}")
             time.sleep(0.2 if not events else 0.05)
 
-    def close(self) -> None:
+    def close(self, idle: bool = True) -> None:
         """Lets the workers go; waits for them only if they are idle."""
         if self.desk is None:
             return
         import ray
 
-        ray.get(self.desk.close.remote())
-        assert self.fit is not None
-        if sys.exc_info()[0] is None:
-            self.fit.join(timeout=20)
+        desk, self.desk = self.desk, None
+        try:
+            ray.get(desk.close.remote())
+            if idle and self.fit is not None:
+                self.fit.join(timeout=20)
+        except ray.exceptions.RayError as error:  # the desk itself was lost, and with it all that it served
+            self.on_event("note", f"the workers' desk was lost: {first_line(error)}")
         if self.own_ray:
             ray.shutdown()
-        self.desk = None
 
     def _raise(self, payload: dict[str, str]) -> None:
         if payload["user"]:
@@ -124,20 +123,40 @@ class Session:
                 "tracking.uri: a file on this machine cannot serve a cluster of several nodes; "
                 "start an MLflow server and set tracking.uri=http://HOST:5000"
             )
+        gpus = self._gpus(ray.cluster_resources())
         self.on_event("say", f"starting {self.config.workers} workers")
+        self.fit_error = None
         self.desk = ray.remote(num_cpus=0, max_concurrency=1000)(Desk).remote()
-        trainer = self._trainer()
+        trainer = self._trainer(gpus)
         self.fit = threading.Thread(target=self._fit, args=(trainer,), name="vitlab-fit", daemon=True)
         self.fit.start()
 
-    def _trainer(self) -> Any:
-        import ray
+    def _gpus(self, has: dict[str, float]) -> int:
+        """GPUs of a worker; what the cluster can never give is an error now, not an endless wait."""
+        config, workers = self.config, self.config.workers
+        cpus, gpus = has.get("CPU", 0), has.get("GPU", 0)
+        needs_cpus = workers * config.cpus_per_worker
+        if needs_cpus > cpus and not config.autoscale:
+            raise UserError(
+                f"cluster.workers: given {workers} of {config.cpus_per_worker:g} CPUs each; the cluster has "
+                f"{cpus:g}; give fewer workers, or cluster.autoscale=true if it grows when asked"
+            )
+        if config.gpus_per_worker is None:
+            if 0 < gpus < workers:
+                self.on_event("note", f"runs on CPUs: {gpus:g} GPUs cannot serve {workers} workers")
+            return int(gpus >= workers)
+        if config.gpus_per_worker * workers > gpus and not config.autoscale:
+            raise UserError(
+                f"cluster.gpus_per_worker: given 1 with {workers} workers; the cluster has {gpus:g} GPUs; "
+                "give fewer workers, or cluster.gpus_per_worker=0"
+            )
+        return config.gpus_per_worker
+
+    def _trainer(self, gpus: int) -> Any:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
-        gpus = self.config.gpus_per_worker
-        if gpus is None:
-            gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+        environment = _environment(self.config.threads) | ({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})
         resources = {"CPU": self.config.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
         trainer = TorchTrainer if self.trial else _without_cleaner(TorchTrainer)
         return trainer(
@@ -156,7 +175,7 @@ class Session:
                 name=self.logs.name,
                 storage_path=str(self.home / "ray"),
                 failure_config=FailureConfig(max_failures=self.config.max_failures),
-                worker_runtime_env={"env_vars": _environment(self.config.threads)},
+                worker_runtime_env={"env_vars": environment},
             ),
         )
 
@@ -206,98 +225,6 @@ def connect(config: ClusterConfig, cpus: int, dashboard: bool = False) -> bool:
     return True
 
 
-class Desk:
-    """Between the driver and the workers: holds the job in work, passes events and results on."""
-
-    def __init__(self) -> None:
-        self.number, self.job, self.closed = 0, None, False
-        self.finished = True
-        self.events: list[tuple[str, Any]] = []
-        self.attempts = 0
-
-    async def post(self, job: dict[str, Any]) -> None:
-        self.number, self.job, self.finished = self.number + 1, job, False  # type: ignore[assignment]
-
-    async def next(self, rank: int, after: int) -> tuple[int, dict[str, Any] | None]:
-        """The job in work, unless this worker has done it; None when there will be no more."""
-        if rank == 0 and after == 0:
-            self.attempts += 1
-            if self.attempts > 1:
-                self.events.append(("restarted", self.attempts))
-        while not self.closed and (self.finished or self.number <= after):
-            await asyncio.sleep(0.05)
-        return self.number, None if self.closed else self.job
-
-    async def event(self, kind: str, payload: Any) -> None:
-        self.events.append((kind, payload))
-
-    async def finish(self, result: dict[str, Any]) -> None:
-        self.finished = True
-        self.events.append(("done", result))
-
-    async def fail(self, payload: dict[str, Any]) -> None:
-        self.closed = True
-        self.events.append(("failed", payload))
-
-    async def poll(self) -> list[tuple[str, Any]]:
-        events, self.events = self.events, []
-        return events
-
-    async def close(self) -> None:
-        self.closed = True
-
-
-# ---------------------------------------------------------------- on the workers
-
-
-def serve(config: dict[str, Any]) -> None:
-    """A worker's life: fetch a job, do it with the others, fetch the next."""
-    import ray
-    import torch
-
-    desk, work = config["desk"], config["work"]
-    torch.set_num_threads(config["threads"])
-    world = world_of_group()
-    assert world.size == 1 or torch.distributed.get_backend() == backend(world.device)
-    log = _redirect(Path(config["logs"]) / f"worker-{world.rank}.log")
-    sys.stdout.write(f"worker {world.rank} of {world.size} on {socket.gethostname()}, pid {os.getpid()}\n")
-    sys.stdout.flush()
-    number = 0
-    while True:
-        number, job = ray.get(desk.next.remote(world.rank, number))
-        if job is None:
-            return
-        try:
-            result = work(job, world, lambda kind, payload: desk.event.remote(kind, payload))
-            world.barrier()
-        except Exception as error:
-            traceback.print_exc()
-            if not _peer_lost(error):
-                failure = {"user": isinstance(error, UserError), "text": _first_line(error)}
-                ray.get(desk.fail.remote(failure | {"where": socket.gethostname(), "log": str(log)}))
-            raise
-        if world.first:
-            ray.get(desk.finish.remote(result))
-
-
-def _peer_lost(error: Exception) -> bool:
-    from torch.distributed import DistError
-
-    if isinstance(error, DistError):
-        return True
-    return isinstance(error, RuntimeError | OSError) and any(text in str(error).lower() for text in PEER_LOST)
-
-
-def _redirect(path: Path) -> Path:
-    """Everything that frameworks print on this worker goes to a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    for stream in (1, 2):
-        os.dup2(file, stream)
-    os.close(file)
-    return path
-
-
 def _environment(threads: int) -> dict[str, str]:
     """What Ray's processes must know before they import anything."""
     return {
@@ -310,8 +237,3 @@ def _environment(threads: int) -> dict[str, str]:
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "TORCHDYNAMO_DISABLE": "1",  # torch.compile is not used yet; its import costs seconds
     }
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

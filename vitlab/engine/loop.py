@@ -138,7 +138,7 @@ def _after_step(
     if done % plan.config.log_every and done != plan.steps:
         return {}
     values = window.close()
-    if not math.isfinite(values["loss"]):
+    if not math.isfinite(values.get("loss", 0.0)):
         raise UserError(
             f"optim.lr: the loss is {values['loss']} at step {done}; go on with a smaller optim.lr, "
             "a longer optim.warmup_epochs or optim.clip=1.0"
@@ -209,7 +209,8 @@ class Window:
     def close(self) -> dict[str, float]:
         totals = self.carry()
         self.carried = {}
-        return {name: value / totals[""] for name, value in totals.items() if name}
+        weight = totals.get("", 0.0)
+        return {name: value / weight for name, value in totals.items() if name and weight}
 
 
 class Clock:

@@ -8,13 +8,15 @@ the rate of layer l of L is lr · layer_decay^(L - l).
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 
 from vitlab.config import Config
 from vitlab.methods.base import Method
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimConfig(Config):
@@ -23,7 +25,7 @@ class OptimConfig(Config):
     warmup_epochs: float = Field(0.0, ge=0)
     weight_decay: float = Field(0.05, ge=0)
     layer_decay: float = Field(1.0, gt=0, le=1)
-    betas: tuple[float, float] = Field((0.9, 0.999), strict=False)
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), strict=False)
     eps: float = Field(1e-8, gt=0)
     clip: float = Field(0.0, ge=0, description="largest norm of the gradient; 0 does not clip")
 

@@ -17,6 +17,7 @@ from vitlab.engine.optim import OptimConfig, adamw
 from vitlab.methods.base import Losses, Method
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+TINY = 1e-12  # a global batch without any weight has the gradient 0, not 0/0
 
 
 class Piece(NamedTuple):
@@ -97,13 +98,11 @@ class Plain:
         self.method.train(mode)
 
     def backward(self, losses: Losses, weight: Tensor) -> None:
-        torch.autograd.backward(losses.loss / weight)
+        torch.autograd.backward(losses.loss / weight.clamp(min=TINY))
 
     def step(self) -> Tensor | float | None:
         parameters = [p for p in self.method.parameters() if p.requires_grad]
-        norm = None
-        if self.clip:
-            norm = nn.utils.clip_grad_norm_(parameters, self.clip)
+        norm = nn.utils.clip_grad_norm_(parameters, self.clip or float("inf"))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm

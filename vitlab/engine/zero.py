@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vitlab.batch import Batch
 from vitlab.dist import World
 from vitlab.engine.optim import OptimConfig, adamw
-from vitlab.engine.strategy import MOMENTS, Piece, buffers, fill_states, kept
+from vitlab.engine.strategy import MOMENTS, TINY, Piece, buffers, fill_states, kept
 from vitlab.methods.base import Losses, Method
 
 
@@ -42,7 +42,7 @@ class Zero:
 
     def backward(self, losses: Losses, weight: Tensor) -> None:
         # DeepSpeed averages over workers and over micro-batches; ours is a sum over both.
-        self.engine.backward(losses.loss / weight * (self.world.size * self.accumulate))
+        self.engine.backward(losses.loss / weight.clamp(min=TINY) * (self.world.size * self.accumulate))
         self.engine.step()  # only the last micro-batch of a step really steps
 
     def step(self) -> Tensor | float | None:
@@ -165,10 +165,15 @@ def _settings(
     return {
         "train_micro_batch_size_per_gpu": options["micro"],
         "gradient_accumulation_steps": options["accumulate"],
-        "gradient_clipping": optim.clip,
+        "gradient_clipping": optim.clip or 1e30,  # never 0: the norm is logged in any case
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1_000_000_000,
-        "torch_autocast": {"enabled": options["bf16"], "dtype": "bfloat16"},
+        # No "safe" modules: DeepSpeed would reduce their gradients, and gather their weights, in bfloat16.
+        "torch_autocast": {
+            "enabled": options["bf16"],
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],
+        },
         "zero_optimization": {
             "stage": stage,
             "reduce_bucket_size": bucket,
@@ -176,7 +181,8 @@ def _settings(
             "stage3_prefetch_bucket_size": bucket // 10,
             "stage3_max_live_parameters": 2 * bucket,
             "stage3_max_reuse_distance": 2 * bucket,
-            "stage3_param_persistence_threshold": options.get("persistence", 10_000),
+            "stage3_param_persistence_threshold": 10_000,
+            "memory_efficient_linear": False,  # its own linear layer has its own idea of autocast
         },
     }
 

@@ -32,5 +32,5 @@ def validate(
             sums[name] = sums.get(name, 0.0) + value.double()
     names = sorted(sums)
     totals = world.sum(torch.stack([weight, *(sums[name] for name in names)])).tolist()
-    for name, total in zip(names, totals[1:], strict=True):
+    for name, total in zip(names, totals[1:], strict=True) if totals[0] else ():  # nothing labelled: no mean
         yield f"val/{name}", total / totals[0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from vitlab.dist import World
-from vitlab.engine.launch import Post
+from vitlab.engine.serve import Post
 from vitlab.jobs.evaluating import EvaluateJob, run_evaluation
 from vitlab.jobs.place import Place
 from vitlab.jobs.training import TrainJob, forget, run_training

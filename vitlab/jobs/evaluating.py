@@ -18,7 +18,7 @@ from vitlab.data import (
     eval_batches,
 )
 from vitlab.dist import World, half
-from vitlab.engine.launch import Post
+from vitlab.engine.serve import Post
 from vitlab.evaluation import (
     EvaluateConfig,
     classify,

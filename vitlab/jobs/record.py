@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
-from vitlab.engine.launch import Post
+from vitlab.engine.serve import Post
 from vitlab.jobs.place import Place
 from vitlab.tracking import Metrics
 
@@ -14,8 +15,8 @@ SHOW_EVERY = 0.3  # seconds between two messages to the driver
 class Recorder:
     """The loop's figures: to MLflow in batches, and now and then to the driver's screen."""
 
-    def __init__(self, place: Place, post: Post) -> None:
-        self.metrics, self.post, self.shown = Metrics(place.store(), place.run_id), post, 0.0
+    def __init__(self, place: Place, post: Post, may_write: Callable[[], bool]) -> None:
+        self.metrics, self.post, self.shown = Metrics(place.store(), place.run_id, may_write), post, 0.0
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self.metrics.log(step, values)

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from vitlab.data import (
     train_batches,
 )
 from vitlab.dist import World
-from vitlab.engine.launch import Post
 from vitlab.engine.loop import Plan, make_strategy, train
+from vitlab.engine.serve import Post
 from vitlab.engine.strategy import Strategy
 from vitlab.evaluation import (
     reconstruction_figure,
@@ -72,8 +73,9 @@ def run_training(job: TrainJob, world: World, post: Post) -> dict[str, Any]:
         loaders=job.place.loaders,
         augment=config.augment,
     )
-    recorder = Recorder(job.place, post) if world.first else Silent()
     fence = Fence(job.checkpoints)
+    may_write = partial(fence.holds, job.token)
+    recorder = Recorder(job.place, post, may_write) if world.first else Silent()
     plan = Plan(
         config=config,
         steps_per_epoch=order_of(shards, job.place.data, read).steps,
@@ -81,7 +83,7 @@ def run_training(job: TrainJob, world: World, post: Post) -> dict[str, Any]:
         recorder=recorder,
         checkpoints=job.checkpoints,
         probes=[_validation(job, method, shards, world)] if shards.count("val") else [],
-        may_commit=lambda: fence.holds(job.token),
+        may_commit=may_write,
     )
     ready = time.perf_counter()
     try:
@@ -94,7 +96,7 @@ def run_training(job: TrainJob, world: World, post: Post) -> dict[str, Any]:
     strategy.close()
     if not world.first:
         return {}
-    if not fence.holds(job.token):
+    if not may_write():
         raise RuntimeError(f"another process has taken over this stage; run {job.place.run_id} is left to it")
     assert state is not None
     artifact = _publish_model(job, shards, method, state, picture)
@@ -116,6 +118,9 @@ def _method(job: TrainJob, shards: Shards) -> Method:
 def _classes(job: TrainJob, shards: Shards) -> int:
     if METHODS[job.config.method.name].headless:
         return 0
+    if not shards.classes:
+        name = job.config.method.name
+        raise UserError(f"{job.stage}.method.name: given {name!r}, which needs labels; the shards have none")
     given, found = job.config.model.num_classes, len(shards.classes)
     if given is not None and given != found:
         raise UserError(
@@ -144,7 +149,8 @@ def _validation(job: TrainJob, method: Method, shards: Shards, world: World) -> 
     to_device = mover(job.place.data, world)
 
     def probe(strategy: Strategy, step: int) -> Iterator[tuple[str, float]]:
-        batches = eval_batches(shards, job.place.data, "val", job.config.batch_size, world)
+        size, loaders = job.config.batch_size, job.place.loaders
+        batches = eval_batches(shards, job.place.data, "val", size, world, loaders=loaders)
         return validate(strategy.forward, method.weigh, (to_device(b) for b in batches), world)
 
     return probe

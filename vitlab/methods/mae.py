@@ -6,8 +6,8 @@ hidden patches alone, optionally of pixels normalised patch by patch (unbiased v
 decoder's parameter names are theirs, and a patch's numbers are counted row, column, channel.
 
 Departures: a sample's noise comes from its own seed; visible patches are scattered among mask tokens instead
-of sorted back (the same numbers); `decoder_pos_embed` is a buffer; the mask token is not decayed. The encoder
-is as its config says: the paper's has positions: sincos, init: mae and pool: token.
+of sorted back (the same numbers); `decoder_pos_embed` is a buffer. The encoder is as its config
+says: the paper's has positions: sincos, init: mae and pool: token.
 
 Letters: B samples, N patches, K visible, M = N - K hidden, P prefix tokens, D width, E decoder's width,
 p patch side, C channels, S = p·p·C numbers a patch.
@@ -166,7 +166,8 @@ class MAE(Method):
         return grid.reshape(len(patches), -1, rows * p, columns * p)
 
     def no_decay(self) -> set[str]:
-        return super().no_decay() | {"mask_token"}
+        """Only positions: the authors' pretraining code decays every other matrix, tokens too."""
+        return {"model.pos_embed"}
 
     def export(self) -> ViT:
         return self.model
