@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from vitlab.config import Config, UserError, build, free, load, resolved
-from vitlab.data import AugmentConfig, ShardsConfig
+from vitlab.data import AugmentConfig, Shards, ShardsConfig
 from vitlab.engine.launch import ClusterConfig
 from vitlab.engine.loop import LoopConfig
 from vitlab.evaluation import EvaluateConfig
-from vitlab.methods import MethodConfig
+from vitlab.methods import METHODS, DistillConfig, MAEConfig, MethodConfig
 from vitlab.models import ModelConfig
 from vitlab.tracking import TrackingConfig
+from vitlab.wording import show
 
 
 class TrainConfig(LoopConfig):
@@ -48,7 +51,7 @@ class TuneConfig(Config):
 
     space: dict[str, Between | list[Any]]
     trials: int = Field(8, gt=0)
-    metric: str = "val/top1"
+    metric: Literal["val/top1", "val/loss"] = "val/top1"
     mode: Literal["max", "min"] = "max"
     grace_epochs: int = Field(1, gt=0, description="epochs before ASHA may stop a trial")
     reduction: int = Field(3, gt=1, description="ASHA keeps one of so many at each rung")
@@ -64,12 +67,16 @@ def changed(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
         at = out
         for name in parents:
             at = at.setdefault(name, {})
+            if not isinstance(at, dict):
+                raise UserError(f"{key}: unknown key; {name} holds {show(at)}, no keys")
         at[leaf] = value
     return out
 
 
 Stage = Annotated[TrainConfig | None, Field(default=None)]
-TRAINING = ("pretrain", "finetune", "distill")
+# The objectives that a stage may have.
+TRAINING = {"pretrain": ("supervised", "mae"), "finetune": ("supervised",), "distill": ("distill",)}
+MOST_TRIED = 1000  # combinations of a search's ends that are all checked
 
 
 class Experiment(Config):
@@ -109,25 +116,24 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Experiment:
 
 def _problems(experiment: Experiment) -> Iterator[str]:
     data, cluster = experiment.data, experiment.cluster
-    if cluster.workers > 1 and data.streams % cluster.workers:
-        yield (
-            f"cluster.workers: given {cluster.workers}; it must divide data.streams={data.streams}, "
-            f"allowed: {_divisors(data.streams)}"
-        )
+    yield from _worker_problems("cluster.workers", cluster.workers, data)
     if cluster.workers == 0 and cluster.zero is not None:
         yield f"cluster.zero: given {cluster.zero} with cluster.workers=0; without workers leave zero out"
-    if cluster.workers == 0 and cluster.loaders and cluster.address:
-        yield "cluster.address: given with cluster.workers=0, which runs in this process; leave one out"
     for name in TRAINING:
         section = getattr(experiment, name)
         if section is not None:
-            yield from _stage_problems(name, section, experiment)
+            yield from _stage_problems(name, section, data, max(1, cluster.workers))
     if experiment.tune is not None:
         yield from _tune_problems(experiment.tune, experiment)
 
 
-def _stage_problems(name: str, stage: TrainConfig, experiment: Experiment) -> Iterator[str]:
-    data, workers = experiment.data, max(1, experiment.cluster.workers)
+def _worker_problems(key: str, workers: int, data: ShardsConfig) -> Iterator[str]:
+    if workers > 1 and data.streams % workers:
+        allowed = _divisors(data.streams)
+        yield f"{key}: given {workers}; it must divide data.streams={data.streams}, allowed: {allowed}"
+
+
+def _stage_problems(name: str, stage: TrainConfig, data: ShardsConfig, workers: int) -> Iterator[str]:
     batch, patch = stage.batch_size, stage.model.patch_size
     if data.image_size % patch:
         yield (
@@ -140,8 +146,6 @@ def _stage_problems(name: str, stage: TrainConfig, experiment: Experiment) -> It
     if batch % data.streams:
         near = max(1, round(batch / data.streams)) * data.streams
         yield f"{name}.batch_size: given {batch}; allowed: multiples of data.streams={data.streams}: {near}"
-    if batch % workers:
-        yield f"{name}.batch_size: given {batch}; it must be a multiple of cluster.workers={workers}"
     if batch // workers % stage.accumulate:
         yield (
             f"{name}.accumulate: given {stage.accumulate}; it must divide the {batch // workers} images that "
@@ -150,24 +154,129 @@ def _stage_problems(name: str, stage: TrainConfig, experiment: Experiment) -> It
     if stage.optim.warmup_epochs > stage.epochs:
         warmup = stage.optim.warmup_epochs
         yield f"{name}.optim.warmup_epochs: given {warmup}; allowed: at most {name}.epochs={stage.epochs}"
-    if (name == "distill") != (stage.method.name == "distill"):
-        allowed = "distill" if name == "distill" else "supervised, mae"
+    if stage.method.name not in TRAINING[name]:
+        allowed = ", ".join(TRAINING[name])
         yield f"{name}.method.name: given {stage.method.name!r}; allowed in this stage: {allowed}"
+    yield from _method_problems(name, stage, (data.image_size // patch) ** 2)
+
+
+def _method_problems(name: str, stage: TrainConfig, patches: int) -> Iterator[str]:
+    method = stage.method
+    if isinstance(method, DistillConfig) and method.token and not stage.model.distilled:
+        yield (
+            f"{name}.method.token: given true, but {name}.model has no distillation token; "
+            f"give {name}.model.distilled=true or {name}.method.token=false"
+        )
+    if isinstance(method, MAEConfig):
+        visible = int(patches * (1 - method.mask_ratio))  # as methods/mae.py counts
+        if visible in (0, patches):
+            what = "every patch" if visible else "no patch"
+            most = math.floor((1 - 1 / patches) * 1000) / 1000
+            allowed = (
+                f"above 0, at most {most:g}"
+                if patches > 1
+                else f"none, give a smaller {name}.model.patch_size"
+            )
+            yield (
+                f"{name}.method.mask_ratio: given {method.mask_ratio}, which leaves {what} of {patches} "
+                f"visible; allowed: {allowed}"
+            )
 
 
 def _tune_problems(tune: TuneConfig, experiment: Experiment) -> Iterator[str]:
+    data = experiment.data
     if experiment.finetune is None:
         yield "tune: given without a finetune section, which is what it searches over"
         return
     if not tune.space:
         yield "tune.space: empty; name keys of finetune, as `optim.lr: {low: 1e-4, high: 1e-2, log: true}`"
-    stage = resolved(experiment.finetune)
     for key, span in tune.space.items():
-        for value in span if isinstance(span, list) else (span.low, span.high):
-            try:
-                build(TrainConfig, changed(stage, {key: value}))
-            except UserError as error:
-                yield f"tune.space: finetune.{error}"
+        if not span:
+            yield f"tune.space: {key}: given []; name at least one value"
+    if data.source is not None and not data.val:
+        yield f"tune.metric: given {tune.metric!r}, but data.val=0 leaves no images for it; allowed: above 0"
+    yield from _worker_problems("tune.workers", tune.workers, data)
+    try:
+        for stage in trial_stages(tune, experiment.finetune):
+            for problem in _stage_problems("finetune", stage, data, max(1, tune.workers)):
+                yield f"tune.space: {problem}"
+    except UserError as error:
+        yield f"tune.space: finetune.{error}"
+
+
+def trial_stages(tune: TuneConfig, finetune: TrainConfig) -> Iterator[TrainConfig]:
+    """The stages at the ends of a search's space: all combinations, or each end once where these are many."""
+    tree = resolved(finetune)
+    ends = {
+        key: span if isinstance(span, list) else [span.low, span.high] for key, span in tune.space.items()
+    }
+    if math.prod(len(values) for values in ends.values()) <= MOST_TRIED:
+        combinations: Iterable[tuple[Any, ...]] = itertools.product(*ends.values())
+    else:
+        longest = max(len(values) for values in ends.values())
+        combinations = zip(
+            *(itertools.islice(itertools.cycle(v), longest) for v in ends.values()), strict=True
+        )
+    for values in combinations:
+        yield build(TrainConfig, changed(tree, dict(zip(ends, values, strict=True))))
+
+
+# ---------------------------------------------------------------- with the images at hand
+
+
+def from_anywhere(config: ShardsConfig) -> ShardsConfig:
+    """The same images named by absolute paths: `folder:images` is other data in another directory."""
+    if config.path is not None:  # absolute and no more: a link may lead elsewhere on another node
+        return config.model_copy(update={"path": str(Path(config.path).absolute())})
+    text = str(config.source)
+    kind, _, rest = text.partition(":")
+    name, *split = rest.split(":", 1)
+    if text == "digits":
+        return config
+    if kind == "folder" and rest:
+        text = f"folder:{Path(rest).resolve()}"
+    elif kind == "hf" and name:
+        text = ":".join(["hf", str(Path(name).resolve()), *split]) if Path(name).is_dir() else text
+    elif Path(text).is_dir():
+        text = str(Path(text).resolve())
+    return config.model_copy(update={"source": text})
+
+
+def check_shards(experiment: Experiment, shards: Shards, *, evaluates: bool) -> None:
+    """Refuses what these images cannot serve. `evaluates`: the pipeline is one that evaluates, even if the
+    experiment says nothing about it."""
+    for problem in _shard_problems(
+        experiment, shards, evaluates or "evaluate" in experiment.model_fields_set
+    ):
+        raise UserError(problem)
+
+
+def _shard_problems(experiment: Experiment, shards: Shards, evaluates: bool) -> Iterator[str]:
+    for name in TRAINING:
+        section = getattr(experiment, name)
+        if section is not None:
+            yield from _unfit(name, section, experiment.data, shards)
+    tune, split = experiment.tune, experiment.evaluate.split
+    have = ", ".join(split for split in shards.splits if shards.count(split))
+    if tune is not None and experiment.finetune is not None:
+        if not shards.count("val"):
+            yield f"tune.metric: given {tune.metric!r}, which needs the split val; the shards have: {have}"
+        for stage in trial_stages(tune, experiment.finetune):
+            for problem in _unfit("finetune", stage, experiment.data, shards):
+                yield f"tune.space: {problem}"
+    if evaluates and not shards.count(split):
+        yield f"evaluate.split: given {split!r}; the shards have: {have}"
+
+
+def _unfit(name: str, stage: TrainConfig, data: ShardsConfig, shards: Shards) -> Iterator[str]:
+    batch, images, streams = stage.batch_size, shards.count("train"), data.streams
+    if batch > images:
+        most = images // streams * streams
+        allowed = f"multiples of data.streams={streams} up to {most}" if most else "none, lower data.streams"
+        yield f"{name}.batch_size: given {batch}; the shards have {images} train images; allowed: {allowed}"
+    given, found = stage.model.num_classes, len(shards.classes)
+    if not METHODS[stage.method.name].headless and found and given not in (None, found):
+        yield f"{name}.model.num_classes: given {given}, but the shards have {found} classes; leave it out"
 
 
 def _divisors(n: int) -> str:

@@ -23,7 +23,7 @@ from vitlab.data import Shards, ShardsConfig, prepare
 from vitlab.engine import checkpoint
 from vitlab.engine.launch import Session
 from vitlab.evaluation import EvaluateConfig
-from vitlab.experiment import Experiment, TrainConfig
+from vitlab.experiment import Experiment, TrainConfig, check_shards, from_anywhere
 from vitlab.face import Face, Line, Row
 from vitlab.home import git_sha, home, locked
 from vitlab.jobs import EvaluateJob, Place, TrainJob, forget, work
@@ -89,12 +89,15 @@ class Run:
     # ------------------------------------------------------------ the stages
 
     def shards(self, config: ShardsConfig) -> Shards:
-        """The images: written on first use, then found again by their config."""
+        """The images: written on first use, then found by their config; refuses what they cannot serve."""
+        given, config = config, from_anywhere(config)
         written = {k: v for k, v in deciding(config).items() if k not in (*SEEN, "num_classes")}
-        kind = re.sub(r"[^\w-]+", "-", config.source or "given").strip("-")
+        kind = re.sub(r"[^\w-]+", "-", config.source or "given")[-60:].strip("-")
         dest = self.home / "shards" / f"{kind}-{digest(written)[:12]}"
         with locked(dest.with_suffix(".lock")):
             shards = prepare(config, dest)
+        if given == self.experiment.data:
+            check_shards(self.experiment, shards, evaluates=self.pipeline != "notebook")
         counts = ", ".join(f"{shards.count(split)} {split}" for split in shards.splits)
         self.face.print(f"  data: {counts} images of {len(shards.classes)} classes in {shards.path}")
         self.store.tag(self.run_id, {"vitlab.data_digest": shards.digest})

@@ -18,8 +18,9 @@ from vitlab.data import Shards, open_shards
 from vitlab.engine.launch import JobFailed, connect
 from vitlab.evaluation import save_figure
 from vitlab.evaluation.search import Trial, search_figure
-from vitlab.experiment import Between, Experiment, TrainConfig, TuneConfig, changed
+from vitlab.experiment import Between, Experiment, TrainConfig, TuneConfig, changed, trial_stages
 from vitlab.face import Face, Line
+from vitlab.jobs import forget
 from vitlab.stages import Result, Run
 
 
@@ -35,6 +36,8 @@ def search(run: Run, *, data: Shards, init: Artifact | None = None) -> Artifact:
     exp = run.experiment
     if exp.tune is None:
         raise UserError("tune: missing; a search needs the section, see experiments/digits_tune.yaml")
+    if not data.count("val"):
+        raise UserError(f"tune.metric: given {exp.tune.metric!r}; the shards have no images in the split val")
     inputs = {"init": init} if init is not None else {}
     both = Space(stage=exp.need("finetune"), search=exp.tune)
 
@@ -95,10 +98,14 @@ def _search(run: Run, both: Space, run_id: str, data: Shards, init: Artifact | N
 
 
 def _resources(experiment: Experiment, both: Space) -> dict[str, float]:
-    """A trial that has workers of its own needs next to nothing itself."""
+    """A trial that has workers of its own needs next to nothing itself; any other is a worker."""
+    import ray
+
     if both.search.workers:
         return {"CPU": 0.01}
     gpus = experiment.cluster.gpus_per_worker
+    if gpus is None:
+        gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
     return {"CPU": experiment.cluster.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
 
 
@@ -107,17 +114,22 @@ def _settings(both: Space, seed: int) -> Any:
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.basic_variant import BasicVariantGenerator
 
-    config = both.search
+    config, most = both.search, most_epochs(both)
     asha = ASHAScheduler(
         time_attr="epoch",
-        max_t=both.stage.epochs,
-        grace_period=min(config.grace_epochs, both.stage.epochs),
+        max_t=most,
+        grace_period=min(config.grace_epochs, most),
         reduction_factor=config.reduction,
     )
     sampler = BasicVariantGenerator(random_state=seed, max_concurrent=config.concurrent)
     return RayTuneConfig(
         metric="figure", mode=config.mode, num_samples=config.trials, scheduler=asha, search_alg=sampler
     )
+
+
+def most_epochs(both: Space) -> int:
+    """Of the longest trial."""
+    return max(stage.epochs for stage in trial_stages(both.search, both.stage))
 
 
 def _sampler(span: Between | list[Any]) -> Any:
@@ -135,8 +147,7 @@ def _of_trials(run: Run, both: Space) -> dict[str, Any]:
     tree["cluster"] |= {"workers": workers, "address": None}
     if workers == 0:
         tree["cluster"]["zero"] = None
-    tree["finetune"], tree["tune"] = resolved(both.stage), None
-    return tree
+    return tree | {"finetune": resolved(both.stage), "pretrain": None, "distill": None, "tune": None}
 
 
 # ---------------------------------------------------------------- in the trial's process
@@ -157,15 +168,23 @@ def _trial(
     config = exp.need("finetune")
 
     def listen(kind: str, payload: Any) -> None:
-        if kind == "validated" and payload[0] < 1 and metric in payload[1]:
-            ray_tune.report({"figure": payload[1][metric], "epoch": payload[0] * config.epochs})
+        if kind != "validated":
+            return
+        part, figures = payload
+        _refuse(metric, figures)
+        if part < 1:
+            ray_tune.report({"figure": figures[metric], "epoch": round(part * config.epochs, 6)})
 
     with Run(exp, "search", face=Face(quiet=True), search=search, listen=listen) as run:
         model = run.finetune(config, data=open_shards(shards), init=init)
         metrics = run.done["finetune"].metrics
-    if metric not in metrics:
-        raise UserError(f"tune.metric: given {metric!r}; a trial has: {', '.join(sorted(metrics))}")
+    _refuse(metric, metrics)
     ray_tune.report({"figure": metrics[metric], "epoch": config.epochs, "run_id": model.run_id})
+
+
+def _refuse(metric: str, figures: dict[str, float]) -> None:
+    if metric not in figures:
+        raise UserError(f"tune.metric: given {metric!r}; a trial has: {', '.join(sorted(figures))}")
 
 
 # ---------------------------------------------------------------- what came of it
@@ -217,16 +236,19 @@ def _report(run: Run, both: Space, run_id: str, grid: Any, seconds: float) -> Re
         cause = str(errors[0].error).strip().splitlines()[-1] if errors else "all were stopped early"
         log = f"; log: {errors[0].path}" if errors else ""
         raise JobFailed(f"search: none of {config.trials} trials ran to its end: {cause}{log}")
-    best = (max if config.mode == "max" else min)(whole, key=lambda trial: trial.figure)
+    ranked = sorted(trials, key=lambda trial: trial.figure, reverse=config.mode == "max")
+    best = next(trial for trial in ranked if trial.run_id)
     for child in run.store.find({"mlflow.parentRunId": run_id}, limit=1000):
         if child.status in ("RUNNING", "KILLED"):
-            run.store.tag(child.run_id, {"vitlab.stopped": "asha"})
+            # Without its checkpoints nobody can go on with it, so its key must not be found either.
+            run.store.tag(child.run_id, {"vitlab.stopped": "asha", "vitlab.key": f"stopped {child.run_id}"})
             run.store.status(child.run_id, "KILLED")
+            forget(run.home / "checkpoints" / child.run_id)
     report = {
         "best": best.run_id,
         "metric": config.metric,
         "choice": best.choice,
-        "trials": [trial._asdict() for trial in sorted(trials, key=lambda t: -t.figure)],
+        "trials": [trial._asdict() for trial in ranked],
         "failed": len(errors),
     }
     with tempfile.TemporaryDirectory() as scratch:

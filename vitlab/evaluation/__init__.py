@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Literal
 
 from vitlab.config import Config, free
 from vitlab.evaluation.classify import Tally, classify
@@ -11,7 +11,7 @@ from vitlab.evaluation.validate import validate
 
 
 class EvaluateConfig(Config):
-    split: str = Field(default="held_out", min_length=1, description="held_out, val or train")
+    split: Literal["held_out", "val", "train"] = "held_out"
     batch_size: int = free(256, gt=0, description="images of a batch, over all workers")
 
 

@@ -1,0 +1,239 @@
+"""What cannot be is refused in one line: by the experiment alone, then by the images that it has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from vitlab.config import UserError, build
+from vitlab.data import ShardInfo, Shards, ShardsConfig
+from vitlab.experiment import (
+    Experiment,
+    TrainConfig,
+    TuneConfig,
+    changed,
+    check_shards,
+    from_anywhere,
+    read,
+    trial_stages,
+)
+from vitlab.stages import Run
+from vitlab.tune import Space, _settings, most_epochs
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ROOT / "tests" / "integration" / "tiny.yaml"
+
+
+def shards(train: int = 1254, val: int = 180, held_out: int = 363, classes: int = 10) -> Shards:
+    counts = {"train": train, "val": val, "held_out": held_out}
+    splits = {name: [ShardInfo(f"{name}-0.tar", n, n, "0")] if n else [] for name, n in counts.items()}
+    return Shards(Path("/nowhere"), [str(i) for i in range(classes)], splits)
+
+
+def refused(*overrides: str) -> str:
+    with pytest.raises(UserError) as error:
+        read(TINY, overrides)
+    line = str(error.value)
+    assert "\n" not in line
+    return line
+
+
+@pytest.mark.parametrize("file", [TINY, *sorted((ROOT / "experiments").glob("*.yaml"))], ids=lambda p: p.name)
+def test_the_experiments_can_be(file: Path) -> None:
+    check_shards(read(file), shards(), evaluates=True)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("evaluate.split=test", 'evaluate.split: given "test"; allowed: held_out, val, train'),
+        ("finetune.optim.betas=[0.9, 1.0]", "finetune.optim.betas[1]: given 1.0; must be less than 1"),
+        ("finetune.optim.betas=[-0.1, 0.9]", "finetune.optim.betas[0]: given -0.1; must be greater than or"),
+        (
+            "finetune.method={name: mae}",
+            "finetune.method.name: given 'mae'; allowed in this stage: supervised",
+        ),
+        (
+            "pretrain.method={name: distill}",
+            "pretrain.method.name: given 'distill'; allowed in this stage: supervised, mae",
+        ),
+        (
+            "distill.method={name: supervised}",
+            "distill.method.name: given 'supervised'; allowed in this stage: distill",
+        ),
+        (
+            "distill.model.distilled=false",
+            "distill.method.token: given true, but distill.model has no distillation token; "
+            "give distill.model.distilled=true or distill.method.token=false",
+        ),
+        (
+            "pretrain.method.mask_ratio=0.8",
+            "pretrain.method.mask_ratio: given 0.8, which leaves no patch of 4 visible; "
+            "allowed: above 0, at most 0.75",
+        ),
+        (
+            "pretrain.method.mask_ratio=1.0e-20",
+            "pretrain.method.mask_ratio: given 1e-20, which leaves every patch of 4 visible",
+        ),
+        ("pretrain.model.patch_size=8", "allowed: none, give a smaller pretrain.model.patch_size"),
+        ("tune.metric=val/top5", 'tune.metric: given "val/top5"; allowed: val/top1, val/loss'),
+        ("data.val=0", "tune.metric: given 'val/top1', but data.val=0 leaves no images for it"),
+        ("tune.workers=3", "tune.workers: given 3; it must divide data.streams=4, allowed: 1, 2, 4"),
+        ("tune.space={}", "tune.space: empty"),
+        ("tune.space={optim.lr: []}", "tune.space: optim.lr: given []; name at least one value"),
+        ("tune.space={epochs.many: [1]}", "tune.space: finetune.epochs.many: unknown key; epochs holds 6"),
+        ("tune.space={optim.lr: {low: 0.0, high: 1}}", "tune.space: finetune.optim.lr: given 0.0; must be"),
+        (
+            "tune.space={batch_size: [64, 50]}",
+            "tune.space: finetune.batch_size: given 50; allowed: multiples",
+        ),
+        ("tune.space={model.patch_size: [4, 3]}", "tune.space: finetune.model.patch_size: given 3; it must"),
+        ("tune.space={method.name: [mae]}", "tune.space: finetune.method"),
+        (
+            "tune.space={epochs: [3, 9], optim.warmup_epochs: [0, 5]}",
+            "tune.space: finetune.optim.warmup_epochs: given 5.0; allowed: at most finetune.epochs=3",
+        ),
+    ],
+)
+def test_one_line(override: str, line: str) -> None:
+    assert line in refused(override)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("distill.model.distilled=false", "distill.method.token=false"),
+        ("pretrain.method={name: supervised}",),
+        ("cluster.workers=0", "cluster.zero=null", "cluster.loaders=2", "cluster.address=head:6379"),
+        ("tune=null", "data.val=0"),
+        ("tune.space={epochs: [1], optim.warmup_epochs: [0, 1]}", "finetune.optim.warmup_epochs=3"),
+    ],
+)
+def test_what_can_be(overrides: tuple[str, ...]) -> None:
+    read(TINY, overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "images", "line"),
+    [
+        ("name=a", shards(held_out=0), "evaluate.split: given 'held_out'; the shards have: train, val"),
+        (
+            "finetune.batch_size=2048",
+            shards(),
+            "finetune.batch_size: given 2048; the shards have 1254 train images; "
+            "allowed: multiples of data.streams=4 up to 1252",
+        ),
+        ("name=a", shards(train=3), "allowed: none, lower data.streams"),
+        (
+            "finetune.model.num_classes=7",
+            shards(),
+            "finetune.model.num_classes: given 7, but the shards have 10 classes; leave it out",
+        ),
+        ("name=a", shards(val=0), "tune.metric: given 'val/top1', which needs the split val"),
+        ("tune.space={batch_size: [64, 4096]}", shards(), "tune.space: finetune.batch_size: given 4096"),
+        ("tune.space={model.num_classes: [7]}", shards(), "tune.space: finetune.model.num_classes: given 7"),
+    ],
+)
+def test_what_the_images_cannot_serve(override: str, images: Shards, line: str) -> None:
+    with pytest.raises(UserError) as error:
+        check_shards(read(TINY, [override]), images, evaluates=True)
+    assert line in str(error.value)
+
+
+def test_only_who_evaluates_needs_the_split() -> None:
+    check_shards(read(TINY), shards(held_out=0), evaluates=False)
+    check_shards(read(TINY, ["pretrain.model.num_classes=7"]), shards(), evaluates=True)  # MAE has no head
+    with pytest.raises(UserError, match=r"evaluate\.split"):
+        check_shards(read(TINY, ["evaluate.split=held_out"]), shards(held_out=0), evaluates=False)
+
+
+def test_a_search_by_its_longest_trial() -> None:
+    exp = read(TINY, ["tune.space={epochs: [6, 20, 9], optim.lr: [1.0e-3]}"])
+    assert exp.tune is not None
+    space = Space(stage=exp.need("finetune"), search=exp.tune)
+    assert most_epochs(space) == 20
+    assert _settings(space, 0).scheduler._max_t == 20
+
+
+def test_every_end_of_a_large_space_is_tried() -> None:
+    space: dict[str, Any] = {
+        "optim.lr": [i / 1000 for i in range(1, 41)],
+        "batch_size": [4 * i for i in range(1, 31)],
+    }
+    stages = list(trial_stages(build(TuneConfig, {"space": space}), read(TINY).need("finetune")))
+    assert {stage.optim.lr for stage in stages} == set(space["optim.lr"])
+    assert {stage.batch_size for stage in stages} == set(space["batch_size"])
+    assert isinstance(stages[0], TrainConfig)
+
+
+def test_a_change_leaves_the_tree_alone() -> None:
+    tree = {"a": {"b": 1}}
+    assert changed(tree, {"a.b": 2, "c.d": 3}) == {"a": {"b": 2}, "c": {"d": 3}}
+    assert tree == {"a": {"b": 1}}
+
+
+# ---------------------------------------------------------------- the same words elsewhere
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("digits", "digits"),
+        ("folder:images", "folder:{here}/images"),
+        ("images", "{here}/images"),
+        ("hf:images", "hf:{here}/images"),
+        ("hf:images:test", "hf:{here}/images:test"),
+        ("hf:owner/name:test", "hf:owner/name:test"),
+        ("folder:/images", "folder:/images"),
+    ],
+)
+def test_a_source_from_anywhere(
+    given: str, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "images").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = build(ShardsConfig, {"source": given, "image_size": 8})
+    assert from_anywhere(config).source == found.format(here=tmp_path.resolve())
+
+
+def test_shards_by_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = build(ShardsConfig, {"path": "shards", "image_size": 8})
+    assert from_anywhere(config).path == str(tmp_path / "shards")
+
+
+def test_the_same_words_from_another_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VITLAB_HOME", str(tmp_path / "home"))
+    made = []
+    for shade, place in enumerate(("a", "b")):
+        for label in ("cat", "dog"):
+            folder = tmp_path / place / "images" / label
+            folder.mkdir(parents=True)
+            for i in range(8):
+                Image.new("L", (8, 8), 16 * i + 2 * shade + len(made)).save(folder / f"{label}{i}.png")
+        monkeypatch.chdir(tmp_path / place)
+        made.append(_run(["data.source=folder:images", "data.held_out=0"]))
+    assert made[0].path != made[1].path
+    assert made[0].digest != made[1].digest
+    again = _run([f"data.source=folder:{tmp_path}/b/images", "data.held_out=0"])
+    assert again.path == made[1].path
+
+
+def _run(overrides: list[str], pipeline: str = "notebook") -> Shards:
+    """The shards of a run that was not entered, so without a store."""
+    tree = {"pretrain": None, "distill": None, "tune": None, "finetune": None}
+    exp = read(TINY, [*(f"{name}=null" for name in tree), *overrides])
+    assert isinstance(exp, Experiment)
+    run = Run(exp, pipeline)
+    run.store, run.run_id = SimpleNamespace(tag=lambda *_: None), "none"  # type: ignore[assignment]
+    return run.shards(exp.data)
+
+
+def test_a_run_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VITLAB_HOME", str(tmp_path / "home"))
+    with pytest.raises(UserError, match=r"evaluate\.split: given 'held_out'; the shards have: train, val"):
+        _run(["data.held_out=0"], "mine")
