@@ -70,7 +70,8 @@ def guarded(action: Callable[[], None]) -> int:
         return 2
     except KeyboardInterrupt:
         face.problem("interrupted; the same command goes on from the last checkpoint")
-        return 130
+        sys.stdout.flush()
+        os._exit(130)  # Ray's own way out would wait for workers in the middle of a step
     except JobFailed as error:
         face.problem(str(error))
         return 1

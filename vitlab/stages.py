@@ -177,6 +177,7 @@ class Run:
             waiting = self.line.note
             with cache.claim(self.store, key, lambda holder: waiting(f"waits for {holder}")) as claim:
                 if claim.artifact is not None:
+                    forget(self._checkpoints(claim.artifact.run_id))  # a kill may have come just before
                     return self._done(label, "hit", begin, claim.artifact, claim.metrics)
                 run_id, resumed = self._open(stage, label, config, claim, inputs, data)
                 result = self._do(run_id, do)
@@ -248,6 +249,8 @@ class Run:
             self.line.progress(*payload)
         elif self.line is not None and kind == "restarted":
             self.line.note("a worker was lost; the group started again from the last checkpoint")
+        elif self.line is not None and kind == "note":
+            self.line.note(payload)
         if self.listen is not None:
             self.listen(kind, payload)
 

@@ -6,9 +6,10 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 
-from conftest import TINY, Ended, Lab
+from conftest import ROOT, TINY, Ended, Lab
 
 PLAIN = ("cluster.workers=0", "cluster.zero=null")
 
@@ -86,3 +87,37 @@ def same_as(lab: Lab, other: Lab) -> None:
     for name in ("train/loss", "train/lr", "val/loss", "val/top1"):
         ours, theirs = (x.curve(x.runs("finetune")[0], name) for x in (lab, other))
         assert ours == theirs
+
+
+FAIL_THEN_GO_ON = """
+import sys
+from pathlib import Path
+import vitlab
+
+def main():
+    tiny = Path("tests/integration/tiny.yaml")
+    good, wild = vitlab.read(tiny), vitlab.read(tiny, ["finetune.optim.lr=1e30", "finetune.optim.clip=0"])
+    with vitlab.Run(good, "notebook") as run:
+        shards = run.shards(good.data)
+        try:
+            run.finetune(wild.need("finetune"), data=shards)
+        except ValueError as error:
+            print("REFUSED", error)
+        run.finetune(good.need("finetune"), data=shards)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_a_stage_that_fails_on_its_workers_leaves_the_next_alone(lab: Lab) -> None:
+    command = [sys.executable, "-c", FAIL_THEN_GO_ON]
+    done = subprocess.run(command, cwd=ROOT, env=lab.env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "REFUSED optim.lr: the loss is" in done.stdout
+    assert len(lab.runs("finetune")) == len(lab.runs("finetune", "FAILED")) == 1
+
+
+def test_more_than_the_cluster_has_is_refused(lab: Lab) -> None:
+    ended = lab.chain("cluster.cpus_per_worker=8", code=2)
+    assert "vitlab: cluster.workers: given 2 of 8 CPUs each; the cluster has 4" in ended.text

@@ -37,6 +37,9 @@ class JobFailed(RuntimeError):  # noqa: N818  (it reads as what happened)
     """A stage failed on its workers; the text names the log."""
 
 
+ENDS_WITHIN = 40.0  # seconds that a group of workers may take to end
+
+
 class Session:
     def __init__(self, config: ClusterConfig, home: Path, work: Work, on_event: Post, **of: bool) -> None:
         """`of`: `local_store`, runs are kept in a file of this machine; `trial`, this is part of a search."""
@@ -63,7 +66,8 @@ class Session:
         try:
             return self._follow(ray.get(self.desk.post.remote(job)))
         except BaseException:
-            self.close(idle=False)  # the workers may be anywhere; the next job gets new ones
+            self.on_event("note", "stopping the workers")
+            self.close()  # the workers may be anywhere; the next job gets new ones
             raise
 
     def _follow(self, number: int) -> dict[str, Any]:
@@ -88,8 +92,8 @@ class Session:
                 raise JobFailed(f"the workers ended: {why}; logs: {self.logs}")
             time.sleep(0.2 if not events else 0.05)
 
-    def close(self, idle: bool = True) -> None:
-        """Lets the workers go; waits for them only if they are idle."""
+    def close(self) -> None:
+        """Lets the workers go: idle ones return, busy ones end; either way the group is gone after it."""
         if self.desk is None:
             return
         import ray
@@ -97,11 +101,11 @@ class Session:
         desk, self.desk = self.desk, None
         try:
             ray.get(desk.close.remote())
-            if idle and self.fit is not None:
-                self.fit.join(timeout=20)
         except ray.exceptions.RayError as error:  # the desk itself was lost, and with it all that it served
             self.on_event("note", f"the workers' desk was lost: {first_line(error)}")
-        if self.own_ray:
+        assert self.fit is not None
+        self.fit.join(timeout=ENDS_WITHIN)
+        if self.own_ray and not self.fit.is_alive():  # Ray crashes a thread that still waits for an answer
             ray.shutdown()
 
     def _raise(self, payload: dict[str, str]) -> None:

@@ -9,6 +9,8 @@ import asyncio
 import os
 import socket
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +76,9 @@ class Desk:
     async def close(self) -> None:
         self.closed = True
 
+    async def is_closed(self) -> bool:
+        return self.closed
+
 
 def serve(config: dict[str, Any]) -> None:
     """A worker's life: fetch a job, do it with the others, fetch the next."""
@@ -87,11 +92,14 @@ def serve(config: dict[str, Any]) -> None:
     log = _redirect(Path(config["logs"]) / f"worker-{world.rank}.log")
     sys.stdout.write(f"worker {world.rank} of {world.size} on {socket.gethostname()}, pid {os.getpid()}\n")
     sys.stdout.flush()
-    number = 0
+    number, busy = 0, threading.Event()
+    threading.Thread(target=_end_with, args=(desk, busy), name="vitlab-end", daemon=True).start()
     while True:
+        busy.clear()
         number, job = ray.get(desk.next.remote(world.rank, number))
         if job is None:
             return
+        busy.set()
         try:
             result = work(job, world, lambda kind, payload: desk.event.remote(kind, payload))
             world.barrier()
@@ -103,6 +111,20 @@ def serve(config: dict[str, Any]) -> None:
             raise
         if world.first:
             ray.get(desk.finish.remote(number, result))
+
+
+def _end_with(desk: Any, busy: threading.Event) -> None:
+    """Ends this worker in the middle of a job that nobody waits for any more; its peers may hang."""
+    import ray
+
+    closed = False
+    while not (closed and busy.is_set()):
+        time.sleep(1)
+        try:
+            closed = ray.get(desk.is_closed.remote())
+        except ray.exceptions.RayError:
+            closed = True
+    os._exit(1)
 
 
 def _peer_lost(error: Exception) -> bool:
