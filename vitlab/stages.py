@@ -248,7 +248,8 @@ class Run:
         elif self.line is not None and kind == "progress":
             self.line.progress(*payload)
         elif self.line is not None and kind == "restarted":
-            self.line.note("a worker was lost; the group started again from the last checkpoint")
+            where = self.session.logs
+            self.line.note(f"a worker was lost; the group goes on from the last checkpoint (logs: {where})")
         elif self.line is not None and kind == "note":
             self.line.note(payload)
         if self.listen is not None:

@@ -238,6 +238,7 @@ def _environment(threads: int) -> dict[str, str]:
         "RAY_TRAIN_ENABLE_V2": "1",
         "RAY_AIR_NEW_OUTPUT": "0",  # Tune's own progress; the live line has it
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # what Ray would print here is in its logs; we say what matters
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "TORCHDYNAMO_DISABLE": "1",  # torch.compile is not used yet; its import costs seconds
     }
