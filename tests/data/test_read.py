@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_helpers import all_same, config, images, one_line, plan, raw_tar, shards
 from PIL import Image
+from samples import all_same, config, images, one_line, plan, raw_tar, shards
 
 from vitlab.batch import Batch, sample_seeds
 from vitlab.config import UserError

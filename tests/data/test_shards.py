@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from data_helpers import images, one_line, raw_tar, shards, source
 from PIL import Image
+from samples import images, one_line, raw_tar, shards, source
 
 from vitlab.config import UserError
 from vitlab.data import Shards, index_existing, open_shards, write_shards

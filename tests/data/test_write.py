@@ -11,8 +11,8 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from data_helpers import config, images, one_line, shards, source
 from PIL import Image
+from samples import config, images, one_line, shards, source
 
 from vitlab.config import UserError, build, deciding
 from vitlab.data import (

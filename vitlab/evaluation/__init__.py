@@ -12,6 +12,7 @@ from vitlab.evaluation.validate import validate
 
 class EvaluateConfig(Config):
     split: Literal["held_out", "val", "train"] = "held_out"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     batch_size: int = free(256, gt=0, description="images of a batch, over all workers")
 
 

@@ -41,7 +41,9 @@ class EvaluateJob:
 def run_evaluation(job: EvaluateJob, world: World, post: Post) -> dict[str, Any]:
     shards, loaded = job.place.open(), load_model(job.model)
     _fits(job, shards, loaded.preprocess, loaded.labels)
-    model = Autocast(loaded.model, half(world.device, "auto"), world.device).to(world.device).eval()
+    model = (
+        Autocast(loaded.model, half(world.device, job.config.precision), world.device).to(world.device).eval()
+    )
     to_device = mover(job.place.data, world)
     batches = eval_batches(
         shards, job.place.data, job.config.split, job.config.batch_size, world, loaders=job.place.loaders
