@@ -124,7 +124,9 @@ def open_shards(path: Path) -> Shards:
     if not path.is_dir():
         here = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
         near = nearest(path.name, here)
-        raise UserError(f"{path}: no such directory; write shards with `vitlab shards write`{near}")
+        raise UserError(
+            f"{path}: no such directory; write shards there with `vitlab shards SOURCE {path}`{near}"
+        )
     if not (path / INDEX).is_file():
         raise UserError(
             f"{path}: no {INDEX} in it: no shards, or not written to the end; "
@@ -178,7 +180,7 @@ def index_existing(path: Path, classes: Sequence[str] | None = None) -> Shards:
         raise UserError(f"{path}: no such directory; give one that holds .tar files")
     tars = sorted(path.glob("*.tar"))
     if not tars:
-        raise UserError(f"{path}: no .tar file in it; write shards with `vitlab shards write`")
+        raise UserError(f"{path}: no .tar file in it; write shards with `vitlab shards SOURCE DEST`")
     columns = {tar: index_tar(tar) for tar in tars}
     names = _class_names(path, columns, classes)
     splits: dict[str, list[ShardInfo]] = {name: [] for name in SPLITS}
