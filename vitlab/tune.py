@@ -59,8 +59,6 @@ def _best(run: Run, found: Artifact) -> Artifact | None:
 
 
 def _search(run: Run, both: Space, run_id: str, data: Shards, init: Artifact | None) -> Result:
-    from ray import tune as ray_tune
-
     begin, config = time.monotonic(), both.search
     if run.line is not None:
         run.line.say("starting Ray")
@@ -68,6 +66,8 @@ def _search(run: Run, both: Space, run_id: str, data: Shards, init: Artifact | N
     cluster = run.experiment.cluster
     each = max(1.0, config.workers * cluster.cpus_per_worker)
     ours = connect(cluster, int(config.concurrent * each) + 1, dashboard=True)
+    from ray import tune as ray_tune  # after `connect`: Ray reads what is to be quiet when it is imported
+
     try:
         trial = ray_tune.with_parameters(
             _trial,
