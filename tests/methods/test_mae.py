@@ -156,7 +156,7 @@ def test_padded_slots_and_batches_change_nothing() -> None:
 @pytest.mark.parametrize("norm_pix", [True, False])
 def test_picture(norm_pix: bool) -> None:
     ours, of = method(norm_pix=norm_pix).eval(), batch()
-    picture = ours.reconstruct(of)
+    picture = ours(of, picture=True)
     image = of.views[0]
     assert torch.equal(picture.original, image)
     hidden = (picture.masked == 0).all(1)  # B height width

@@ -118,11 +118,6 @@ class MAE(Method):
         loss = (painted - target).square().mean((1, 2))
         return Losses((loss * batch.weight).sum(), {})
 
-    def reconstruct(self, batch: Batch) -> Picture:
-        """What the model paints over the hidden patches of a batch."""
-        picture: Picture = self(batch, picture=True)
-        return picture
-
     def _encode(self, batch: Batch, keep: Tensor) -> Tensor:
         """Visible patches alone → B (P + K) D."""
         features = self.model(batch.views[0], {"prefix", "tokens"}, keep=keep, seeds=batch.seeds)
