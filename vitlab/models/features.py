@@ -6,11 +6,36 @@ Letters: B samples, N patches, P prefix tokens, D width, H heads, T = P + N toke
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
+from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from vitlab.config import UserError, nearest
+from vitlab.config import Config, UserError, nearest
+
+Size = tuple[int, int]  # height, width
+
+
+class BackboneConfig(Config):
+    """What the configs of all families have: a preset's `name`, and sizes that win over the preset's."""
+
+    presets: ClassVar[dict[str, dict[str, Any]]]
+    batch_norm: ClassVar[bool] = False  # whether a sample's output in training depends on its batch
+
+    name: str
+    in_chans: int = Field(3, gt=0)
+    num_classes: int | None = Field(None, ge=0)  # null: whoever builds the model says
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, data: Any) -> Any:
+        """The preset's sizes, so that a resolved config holds every one of them."""
+        return {**cls.presets.get(str(data.get("name")), {}), **data} if isinstance(data, dict) else data
+
+    def grid(self, image_size: Size) -> Size:
+        """Patches down and across in an image of this size; a size that cannot be is a `UserError`."""
+        raise NotImplementedError
 
 
 class Features(NamedTuple):  # a tuple, because ZeRO-3's hooks look for tensors in tuples
@@ -37,11 +62,60 @@ def wanted(want: Collection[str]) -> frozenset[str]:
 
 
 class Backbone(nn.Module):
-    """A model that turns images into logits or `Features`; layers are numbered for layer-wise decay."""
+    """A model that turns images into logits or `Features`; layers are numbered for layer-wise decay.
 
-    config: Any  # the family's own subclass of Config
+    A family gives `forward(images, want=(), *, keep=None, mask=None, seeds=None) → Tensor | Features`:
+    nothing wanted, the logits; `keep` (B K, int64), only these patches go in; `mask` (B N, bool), these are
+    replaced by the mask token; `seeds` (B, int64), each sample's randomness in training, without which
+    drop path and dropout draw from torch's generator.
+    """
+
+    gives: ClassVar[frozenset[str]] = frozenset(NAMES) - {"heads"}  # what may be wanted
+    keeps: ClassVar[bool] = False  # whether `keep` works
+
+    config: Any  # the family's own subclass of BackboneConfig
     num_classes: int
-    image_size: tuple[int, int]  # height, width
+    image_size: Size
+    recompute: bool = False  # blocks forget their insides and compute them again for the gradient
+
+    def __init__(self, config: BackboneConfig, num_classes: int, image_size: int | Size) -> None:
+        """`num_classes` 0: no head, the logits are the pooled features."""
+        super().__init__()
+        size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        config.grid(size)  # refuses a size that cannot be
+        self.config = config.model_copy(update={"num_classes": num_classes})
+        self.num_classes, self.image_size = num_classes, size
+
+    def refuse(
+        self, images: Tensor, want: frozenset[str], keep: Tensor | None = None, mask: Tensor | None = None
+    ) -> None:
+        """One line for a call that this model cannot serve."""
+        family = type(self).__name__
+        if images.ndim != 4 or images.shape[1] != self.config.in_chans:
+            given = "×".join(str(side) for side in images.shape)
+            raise UserError(f"images: given {given}; expected B×{self.config.in_chans}×height×width")
+        for name in sorted(want - self.gives):
+            raise UserError(
+                f"want: given '{name}', which {family} does not have; allowed: {', '.join(sorted(self.gives))}"
+            )
+        if keep is not None and not self.keeps:
+            raise UserError(f"keep: {family} needs every patch; leave keep out, or mask patches instead")
+        if mask is not None and not getattr(self.config, "mask_token", False):
+            raise UserError("mask: the model has no mask token; build it with mask_token: true")
+        if keep is not None and (mask is not None or "pyramid" in want):
+            raise UserError(
+                "keep: given with a mask or a wanted pyramid, which need every patch; leave one out"
+            )
+
+    def run(self, block: nn.Module, *inputs: Any) -> Any:
+        """`block(*inputs)`; with `recompute` its insides are not kept for the gradient."""
+        if not (self.recompute and self.training):
+            return block(*inputs)
+        return checkpoint(block, *inputs, use_reentrant=False)
+
+    def resized(self, name: str, value: Tensor) -> Tensor | None:
+        """A table of another resolution (`name` in the state dict) brought to this model's; None: no table."""
+        return None
 
     @property
     def num_layers(self) -> int:
@@ -57,9 +131,9 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
 
-def grid_of(image_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
+def grid_of(image_size: Size, patch_size: int) -> Size:
     """Image in pixels → patches down and across."""
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    height, width = image_size
     for side in (height, width):
         if side <= 0 or side % patch_size:
             sizes = sorted(

@@ -78,10 +78,10 @@ class SampleDrop(nn.Module):
         self.rate, self.purpose, self.whole = rate, purpose, whole
 
     def forward(self, x: Tensor, seeds: Tensor | None = None) -> Tensor:
-        """B T D, with the samples' seeds (B); without seeds torch's own generator decides."""
+        """B …, with the samples' seeds (B); without seeds torch's own generator decides."""
         if not self.training or self.rate == 0:
             return x
-        shape = (len(x), 1, 1) if self.whole else tuple(x.shape)
+        shape = (len(x),) + (1,) * (x.ndim - 1) if self.whole else tuple(x.shape)
         count = 1 if self.whole else x[0].numel()
         if seeds is None:
             noise = torch.rand(len(x), count, device=x.device)

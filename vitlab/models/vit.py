@@ -26,8 +26,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from vitlab.config import Config, UserError
-from vitlab.models.features import Backbone, Features, grid_of, wanted
+from vitlab.config import UserError
+from vitlab.models.features import NAMES, Backbone, BackboneConfig, Features, Size, grid_of, wanted
 from vitlab.models.layers import Block, PatchEmbed, SampleDrop, pick, sincos
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -46,8 +46,8 @@ Name = Literal[
 TOKENS = ("cls_token", "dist_token", "pos_embed", "mask_token")
 
 
-class ViTConfig(Config):
-    """`name` gives the sizes; any of them can be given beside it and then wins."""
+class ViTConfig(BackboneConfig):
+    presets = PRESETS
 
     name: Name
     patch_size: int = Field(gt=0)
@@ -55,7 +55,6 @@ class ViTConfig(Config):
     depth: int = Field(gt=0)
     num_heads: int = Field(gt=0)
     mlp_ratio: float = Field(4.0, gt=0)
-    in_chans: int = Field(3, gt=0)
     drop_path: float = Field(0.0, ge=0, lt=1)  # of the last block; linearly from 0 at the first
     dropout: float = Field(0.0, ge=0, lt=1)
     init_values: float | None = None  # LayerScale's start; null: no LayerScale
@@ -64,13 +63,6 @@ class ViTConfig(Config):
     init: Literal["deit", "mae"] = "deit"
     distilled: bool = False
     mask_token: bool = False
-    num_classes: int | None = Field(None, ge=0)  # null: whoever builds the model says
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill(cls, data: Any) -> Any:
-        """The preset's sizes, so that a resolved config holds every one of them."""
-        return {**PRESETS.get(str(data.get("name")), {}), **data} if isinstance(data, dict) else data
 
     @model_validator(mode="after")
     def _check(self) -> ViTConfig:
@@ -84,19 +76,21 @@ class ViTConfig(Config):
             raise ValueError("pool: given 'mean'; a distilled model reads its tokens, allowed: token")
         return self
 
+    def grid(self, image_size: Size) -> Size:
+        return grid_of(image_size, self.patch_size)
+
 
 class ViT(Backbone):
     """Images B C height width → logits, or the `Features` that were wanted."""
 
+    gives = frozenset(NAMES)
+    keeps = True
     config: ViTConfig
     pos_embed: Tensor
 
-    def __init__(self, config: ViTConfig, num_classes: int, image_size: int | tuple[int, int]) -> None:
-        super().__init__()
-        self.config = config.model_copy(update={"num_classes": num_classes})
-        self.num_classes = num_classes
-        self.grid = grid_of(image_size, config.patch_size)
-        self.image_size = (self.grid[0] * config.patch_size, self.grid[1] * config.patch_size)
+    def __init__(self, config: ViTConfig, num_classes: int, image_size: int | Size) -> None:
+        super().__init__(config, num_classes, image_size)
+        self.grid = config.grid(self.image_size)
         self.prefix = 2 if config.distilled else 1
         self._add_embedding()
         self.blocks = nn.ModuleList(self._block(i) for i in range(config.depth))
