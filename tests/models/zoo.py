@@ -1,0 +1,34 @@
+"""One small model a family, for the tests that every family goes through.
+
+`SMALL`: a preset's name → its image size and the sizes that win over the preset's.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from vitlab.models import FAMILIES, MODELS, Backbone, create_model
+
+
+class Small(NamedTuple):
+    image_size: int
+    sizes: dict[str, Any]
+
+
+PLAIN = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+SMALL: dict[str, Small] = {
+    "vit_tiny": Small(16, PLAIN),
+    "deit_tiny": Small(16, PLAIN),
+}
+
+
+def small(name: str, num_classes: int = 3, **more: Any) -> Backbone:
+    image_size, sizes = SMALL[name]
+    return create_model(name, num_classes=num_classes, image_size=image_size, **{**sizes, **more})
+
+
+def families_without_one() -> set[str]:
+    """Names of families that `SMALL` forgot."""
+    return {family.__name__ for family in FAMILIES.values()} - {
+        FAMILIES[MODELS[name]].__name__ for name in SMALL
+    }
