@@ -117,7 +117,7 @@ def test_kept_patches_alone_equal_the_full_way(mode: dict[str, object]) -> None:
     embedded = nn.functional.conv2d(x, model.patch_embed.proj.weight, model.patch_embed.proj.bias, stride=4)
     whole = embedded.flatten(2).mT + model.pos_embed[:, model.prefix :]
     kept = torch.stack([whole[i, keep[i]] for i in range(3)])
-    got = model._embed(x, keep, None)[:, model.prefix :]
+    got = model._embed(x, model.grid, keep, None)[:, model.prefix :]
     torch.testing.assert_close(got, kept, rtol=1e-5, atol=1e-5)
     shuffled = torch.stack([torch.randperm(16) for _ in range(3)])
     torch.testing.assert_close(model(x, keep=shuffled), model(x), rtol=1e-4, atol=1e-5)
@@ -285,13 +285,88 @@ def test_wrong_calls() -> None:
     mask = torch.zeros(1, 16, dtype=torch.bool)
     with pytest.raises(UserError, match=r"want: given 'token'; allowed: logits, .*; did you mean 'tokens'\?"):
         model(x, {"token"})
-    with pytest.raises(UserError, match=r"images: given 3×16×20, the model is made for 3×16×16"):
-        model(torch.zeros(1, 3, 16, 20))
+    with pytest.raises(UserError, match=r"image_size 18 is not divisible by patch_size 4; nearest: 16 or 20"):
+        model(torch.zeros(1, 3, 16, 18))
+    with pytest.raises(UserError, match=r"images: given 1×1×16×16; expected B×3×height×width"):
+        model(torch.zeros(1, 1, 16, 16))
     with pytest.raises(UserError, match="the model has no mask token"):
         model(x, mask=mask)
     with pytest.raises(UserError, match="keep: given with a mask"):
         small(mask_token=True)(x, mask=mask, keep=keep)
     with pytest.raises(UserError, match=r"keep: .* pyramid"):
         model(x, "pyramid", keep=keep)
-    with pytest.raises(UserError, match="given 'heads'; this model has one head"):
+    with pytest.raises(
+        UserError, match="given 'heads', which this ViT does not have; allowed: attentions, logits"
+    ):
         model(x, {"heads"})
+
+
+# ---------------------------------------------------------------- other resolutions, joined heads
+
+
+@pytest.mark.parametrize("size", [(24, 24), (8, 16), (16, 28)])
+def test_another_resolution_is_a_model_with_interpolated_positions(size: tuple[int, int]) -> None:
+    """The table goes as in DeiT's and MAE's fine-tuning code: bicubic, the prefix tokens' part as it is."""
+    model = small(distilled=True)
+    redraw(model)
+    state = model.state_dict()
+    grid = (size[0] // 4, size[1] // 4)
+    table = state["pos_embed"][:, 2:].reshape(1, 4, 4, 32).permute(0, 3, 1, 2)
+    fine = nn.functional.interpolate(table, grid, mode="bicubic", align_corners=False)
+    fine = torch.cat([state["pos_embed"][:, :2], fine.permute(0, 2, 3, 1).flatten(1, 2)], 1)
+    reference = VisionTransformerDistilled(**{**TIMM, "img_size": size}).eval()
+    reference.load_state_dict({**state, "pos_embed": fine})
+    x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(model.eval()(x), reference(x), rtol=1e-4, atol=1e-5)
+    assert model(x, {"pyramid"}).pyramid[0].shape == (2, 32, *grid)
+    other = create_model(
+        "vit_tiny", num_classes=7, image_size=size, **{**SMALL, "distilled": True, "mask_token": False}
+    )
+    assert torch.equal(other.resized("pos_embed", state["pos_embed"]), fine)
+    assert other.resized("pos_embed", state["pos_embed"][:, :-1]) is None
+    assert other.resized("cls_token", state["cls_token"]) is None
+
+
+def test_positions_of_its_own_size_are_not_touched() -> None:
+    model = small(positions="sincos")
+    assert model.resized("pos_embed", model.pos_embed) is not None
+    assert torch.equal(model.resized("pos_embed", model.pos_embed), model.pos_embed)
+
+
+@pytest.mark.parametrize("combine", ["mean", "sum", "concat"])
+def test_two_heads_become_one(combine: str) -> None:
+    model = small(distilled=True, combine=combine).eval()
+    redraw(model)
+    x = images(3, 16, torch.float32)
+    found = model(x, {"logits", "prefix", "pooled"})
+    class_token, distillation_token = found.prefix.unbind(1)
+    both = torch.cat([class_token, distillation_token], dim=1)
+    if combine == "concat":
+        expected, pooled = both @ model.head.weight.T + model.head.bias, both
+        assert not hasattr(model, "head_dist")
+        with pytest.raises(UserError, match="given 'heads'"):
+            model(x, {"heads"})
+    else:
+        first, second = model(x, {"heads"}).heads
+        scale = 0.5 if combine == "mean" else 1.0
+        expected, pooled = (first + second) * scale, (class_token + distillation_token) * scale
+    torch.testing.assert_close(found.logits, expected)
+    torch.testing.assert_close(found.pooled, pooled)
+    torch.testing.assert_close(model(x), found.logits, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match=r"combine: given 'sum', but there are no two heads"):
+        small(combine="sum")
+
+
+@pytest.mark.parametrize("mode", [{}, {"distilled": True}, {"dropout": 0.2, "drop_path": 0.3}])
+def test_what_the_last_block_leaves_out_changes_nothing(mode: dict[str, object]) -> None:
+    """Tokens wanted: all are computed. Logits wanted: the prefix alone. Same values, same gradients."""
+    model = small(**mode).double().train()
+    redraw(model)
+    x, found = images(4, 16, torch.float64), []
+    for want in ({"logits"}, {"logits", "tokens"}):
+        model.zero_grad()
+        logits = model(x, want, seeds=seeds(4)).logits
+        logits.square().sum().backward()
+        found.append([logits.detach(), *(p.grad.clone() for p in model.parameters())])
+    for less, whole in zip(*found, strict=True):
+        torch.testing.assert_close(less, whole, rtol=1e-10, atol=1e-10)

@@ -110,7 +110,7 @@ class MAE(Method):
             dim=1, stable=True
         )
         keep, hidden = order[:, : self.visible], order[:, self.visible :]
-        painted = pick(self._decode(self._encode(batch, keep), keep), hidden)  # B M S
+        painted = self._decode(self._encode(batch, keep), keep, hidden)  # B M S
         patches = self._patches(images)
         target, mean, std = self._normalise(pick(patches, hidden))
         if picture:
@@ -123,17 +123,17 @@ class MAE(Method):
         features = self.model(batch.views[0], {"prefix", "tokens"}, keep=keep, seeds=batch.seeds)
         return torch.cat([features.prefix, features.tokens], dim=1)
 
-    def _decode(self, latent: Tensor, keep: Tensor) -> Tensor:
-        """B (P + K) D → B N S: the mask token stands in for what is hidden."""
+    def _decode(self, latent: Tensor, keep: Tensor, hidden: Tensor) -> Tensor:
+        """B (P + K) D → B M S. Hidden patches go first: the last block paints them and no others."""
         x = self.decoder_embed(latent)
-        prefix, visible = x[:, : self.model.prefix], x[:, self.model.prefix :]
-        shape = (len(x), self.model.grid[0] * self.model.grid[1], x.shape[-1])
-        index = keep[..., None].expand(-1, -1, x.shape[-1])
-        places = self.mask_token.to(x.dtype).expand(shape).scatter(1, index, visible)  # B N E
-        x = torch.cat([prefix, places], dim=1) + self.decoder_pos_embed
-        for block in self.decoder_blocks:
-            x = block(x)
-        painted: Tensor = self.decoder_pred(self.decoder_norm(x[:, self.model.prefix :]))
+        places = self.decoder_pos_embed.expand(len(x), -1, -1)
+        prefix, patches = places[:, : self.model.prefix], places[:, self.model.prefix :]
+        unseen = self.mask_token.to(x.dtype) + pick(patches, hidden)
+        x = torch.cat([unseen, x + torch.cat([prefix, pick(patches, keep)], dim=1)], dim=1)
+        last = len(self.decoder_blocks) - 1
+        for i, block in enumerate(self.decoder_blocks):
+            x = block(x, first=hidden.shape[1] if i == last else None)
+        painted: Tensor = self.decoder_pred(self.decoder_norm(x))
         return full(painted)
 
     def _patches(self, images: Tensor) -> Tensor:

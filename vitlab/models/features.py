@@ -70,8 +70,8 @@ class Backbone(nn.Module):
     drop path and dropout draw from torch's generator.
     """
 
-    gives: ClassVar[frozenset[str]] = frozenset(NAMES) - {"heads"}  # what may be wanted
-    keeps: ClassVar[bool] = False  # whether `keep` works
+    gives: frozenset[str] = frozenset(NAMES) - {"heads"}  # what may be wanted
+    keeps: bool = False  # whether `keep` works
 
     config: Any  # the family's own subclass of BackboneConfig
     num_classes: int
@@ -96,7 +96,8 @@ class Backbone(nn.Module):
             raise UserError(f"images: given {given}; expected B×{self.config.in_chans}×height×width")
         for name in sorted(want - self.gives):
             raise UserError(
-                f"want: given '{name}', which {family} does not have; allowed: {', '.join(sorted(self.gives))}"
+                f"want: given '{name}', which this {family} does not have; "
+                f"allowed: {', '.join(sorted(self.gives))}"
             )
         if keep is not None and not self.keeps:
             raise UserError(f"keep: {family} needs every patch; leave keep out, or mask patches instead")
@@ -114,7 +115,7 @@ class Backbone(nn.Module):
         return checkpoint(block, *inputs, use_reentrant=False)
 
     def resized(self, name: str, value: Tensor) -> Tensor | None:
-        """A table of another resolution (`name` in the state dict) brought to this model's; None: no table."""
+        """A table of another resolution, by its name in the state dict, for this model's; None: no table."""
         return None
 
     @property

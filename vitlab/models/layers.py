@@ -8,7 +8,11 @@ nobody looks at are never embedded; drop path and dropout draw from each sample'
 
 Every parameter is used only in the forward of the module that owns it: ZeRO-3 gathers it there.
 
-Letters: B samples, T tokens, N patches, K kept patches, D width, H heads, C channels, p patch side.
+A block can be asked for its `first` tokens alone: of the last block a model often reads no more than the
+class token. Keys and values still come of all tokens: the result is the same, most of the work is not done.
+
+Letters: B samples, T tokens, F first tokens, N patches, K kept patches, D width, H heads, C channels,
+p patch side.
 """
 
 from __future__ import annotations
@@ -70,6 +74,15 @@ def sincos(dim: int, grid: tuple[int, int], prefix: int) -> Tensor:
     return torch.cat([waves.new_zeros(prefix, dim), waves])[None].float()
 
 
+def resample(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Positions of one grid (1 N D, row by row) for another: bicubic, as in the code of DeiT and MAE."""
+    if old == new:
+        return table
+    image = table.reshape(len(table), *old, -1).movedim(3, 1)
+    fine = F.interpolate(image.to(torch.promote_types(table.dtype, torch.float32)), new, mode="bicubic")
+    return fine.to(table.dtype).movedim(1, 3).flatten(1, 2)
+
+
 class SampleDrop(nn.Module):
     """Dropout, of single numbers or of a sample's whole branch (drop path), scaled by 1 / (1 - rate)."""
 
@@ -105,25 +118,43 @@ def _layer_scale(dim: int, start: float | None) -> nn.Module:
     return nn.Identity() if start is None else LayerScale(dim, start)
 
 
+class QKV(nn.Linear):
+    """One dense layer for Q, K and V."""
+
+    def forward(  # type: ignore[override]
+        self,
+        input: Tensor,  # noqa: A002  (the name nn.Linear gives it)
+        first: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """B T D → queries B T D (B F D) and keys with values B T 2·D; without `first` parts of one tensor."""
+        dim = self.in_features
+        if first is None:
+            whole = F.linear(input, self.weight, self.bias)
+            return whole[..., :dim], whole[..., dim:]
+        queries = F.linear(input[:, :first], self.weight[:dim], self.bias[:dim])
+        return queries, F.linear(input, self.weight[dim:], self.bias[dim:])
+
+
 class Attention(nn.Module):
     """softmax(Q K^T / √(D/H)) V, with one product for Q, K and V."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = QKV(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, maps: list[Tensor] | None = None) -> Tensor:
-        """B T D → B T D; a list in `maps` gets the attention, B H T T, which is then computed openly."""
-        b, t, d = x.shape
-        q, k, v = self.qkv(x).view(b, t, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # B H T D/H each
+    def forward(self, x: Tensor, maps: list[Tensor] | None = None, first: int | None = None) -> Tensor:
+        """B T D → B T D (B F D); a list in `maps` gets the attention, B H T T, then computed openly."""
+        queries, others = self.qkv(x, first)
+        q = queries.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # B H T D/H
+        k, v = others.unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         if maps is None:
             out = F.scaled_dot_product_attention(q, k, v)
         else:
             maps.append((q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1))
             out = maps[-1].to(v.dtype) @ v
-        joined: Tensor = self.proj(out.transpose(1, 2).reshape(b, t, d))
+        joined: Tensor = self.proj(out.transpose(1, 2).flatten(2))
         return joined
 
 
@@ -170,10 +201,16 @@ class Block(nn.Module):
         self.attn = Attention(dim, num_heads)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), SampleDrop(dropout, f"dropout/{name}/hidden"))
 
-    def forward(self, x: Tensor, seeds: Tensor | None = None, maps: list[Tensor] | None = None) -> Tensor:
-        """B T D → B T D; `maps`, where given, gets this block's attention."""
-        branch = self.drop1(self.attn(self.norm1(x), maps), seeds)
-        x = x + self.drop_path1(self.ls1(branch), seeds)
+    def forward(
+        self,
+        x: Tensor,
+        seeds: Tensor | None = None,
+        maps: list[Tensor] | None = None,
+        first: int | None = None,
+    ) -> Tensor:
+        """B T D → B T D, or of the `first` tokens alone; `maps`, where given, gets this block's attention."""
+        branch = self.drop1(self.attn(self.norm1(x), maps, first), seeds)
+        x = (x if first is None else x[:, :first]) + self.drop_path1(self.ls1(branch), seeds)
         branch = self.drop2(self.mlp(self.norm2(x), seeds), seeds)
         out: Tensor = x + self.drop_path2(self.ls2(branch), seeds)
         return out

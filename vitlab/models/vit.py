@@ -7,7 +7,11 @@ so does the encoder of a checkpoint of MAE (He et al. 2021, 2111.06377).
 Departures and choices:
 - mean pooling leaves the class token in place and takes the mean over the patches, then `fc_norm` (timm,
   MAE); `tokens` and `prefix` of such a model pass through `fc_norm` as well: they are normed in either case.
-- in training, too, a distilled model's logits are the mean of both heads; a method asks for `heads` by name.
+- a distilled model's two heads are joined by `combine`: `mean` of the logits (the authors' code) or their
+  `sum`; `concat` has one head instead, over both tokens side by side. In training, too; a method that needs
+  the two asks for `heads` by name.
+- an image of another size than the model was made for gets its positions by bicubic interpolation.
+- where only the class token is read, the last block computes no other.
 - initialisation `deit`: truncated normal, σ = 0.02, for dense layers, tokens and positions, zero biases,
   torch's own for the patches, as in DeiT's code; `mae`: Xavier uniform for dense layers and patches, as in
   MAE's and in ViT's JAX code.
@@ -19,16 +23,16 @@ Letters: B samples, N patches, K kept patches, P prefix tokens, T = P + N, D wid
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from vitlab.config import UserError
 from vitlab.models.features import NAMES, Backbone, BackboneConfig, Features, Size, grid_of, wanted
-from vitlab.models.layers import Block, PatchEmbed, SampleDrop, pick, sincos
+from vitlab.models.layers import Block, PatchEmbed, SampleDrop, pick, resample, sincos
 
 PRESETS: dict[str, dict[str, Any]] = {
     "vit_tiny": {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3},
@@ -62,6 +66,7 @@ class ViTConfig(BackboneConfig):
     positions: Literal["learned", "sincos"] = "learned"
     init: Literal["deit", "mae"] = "deit"
     distilled: bool = False
+    combine: Literal["mean", "sum", "concat"] = "mean"  # how a distilled model's two heads become one
     mask_token: bool = False
 
     @model_validator(mode="after")
@@ -74,6 +79,10 @@ class ViTConfig(BackboneConfig):
             )
         if self.distilled and self.pool == "mean":
             raise ValueError("pool: given 'mean'; a distilled model reads its tokens, allowed: token")
+        if self.combine != "mean" and not self.distilled:
+            raise ValueError(
+                f"combine: given '{self.combine}', but there are no two heads; give distilled: true"
+            )
         return self
 
     def grid(self, image_size: Size) -> Size:
@@ -83,7 +92,6 @@ class ViTConfig(BackboneConfig):
 class ViT(Backbone):
     """Images B C height width → logits, or the `Features` that were wanted."""
 
-    gives = frozenset(NAMES)
     keeps = True
     config: ViTConfig
     pos_embed: Tensor
@@ -92,6 +100,8 @@ class ViT(Backbone):
         super().__init__(config, num_classes, image_size)
         self.grid = config.grid(self.image_size)
         self.prefix = 2 if config.distilled else 1
+        self.heads = ["head", "head_dist"] if config.distilled and config.combine != "concat" else ["head"]
+        self.gives = frozenset(NAMES) if len(self.heads) == 2 else frozenset(NAMES) - {"heads"}
         self._add_embedding()
         self.blocks = nn.ModuleList(self._block(i) for i in range(config.depth))
         self._add_head()
@@ -120,9 +130,9 @@ class ViT(Backbone):
         dim, mean = self.config.embed_dim, self.config.pool == "mean"
         self.norm = nn.Identity() if mean else nn.LayerNorm(dim, eps=1e-6)
         self.fc_norm = nn.LayerNorm(dim, eps=1e-6) if mean else nn.Identity()
-        heads = ["head", "head_dist"] if self.config.distilled else ["head"]
-        for name in heads:
-            self.add_module(name, nn.Linear(dim, self.num_classes) if self.num_classes else nn.Identity())
+        width = 2 * dim if self.config.combine == "concat" else dim
+        for name in self.heads:
+            self.add_module(name, nn.Linear(width, self.num_classes) if self.num_classes else nn.Identity())
 
     def _init(self) -> None:
         init_linears(self, self.config.init)
@@ -143,37 +153,23 @@ class ViT(Backbone):
         mask: Tensor | None = None,
         seeds: Tensor | None = None,
     ) -> Tensor | Features:
-        """Nothing wanted: logits. `keep` (B K, int64): only these patches go in. `mask` (B N, bool): these
-        are replaced by the mask token. `seeds` (B, int64): each sample's randomness in training; without
-        them drop path and dropout draw from torch's generator.
-        """
         names = wanted(want)
-        self._refuse(images, names, keep, mask)
-        x = self.pos_drop(self._embed(images, keep, mask), seeds)
+        self.refuse(images, names, keep, mask)
+        grid = self.config.grid((images.shape[2], images.shape[3]))
+        x = self.pos_drop(self._embed(images, grid, keep, mask), seeds)
         maps: list[Tensor] | None = [] if "attentions" in names else None
-        for block in self.blocks:
-            x = block(x, seeds, maps)
-        return self._read(x, names, maps)
+        alone = self.config.pool == "token" and not names & {"tokens", "pyramid", "attentions"}
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            x = self.run(block, x, seeds, maps, self.prefix if alone and i == last else None)
+        return self._read(x, names, maps, grid)
 
-    def _refuse(self, images: Tensor, want: frozenset[str], keep: Tensor | None, mask: Tensor | None) -> None:
-        given, made = tuple(images.shape[1:]), (self.config.in_chans, *self.image_size)
-        if given != made:
-            raise UserError(f"images: given {_times(given)}, the model is made for {_times(made)}")
-        if mask is not None and not self.config.mask_token:
-            raise UserError("mask: the model has no mask token; build it with mask_token: true")
-        if keep is not None and (mask is not None or "pyramid" in want):
-            raise UserError(
-                "keep: given with a mask or a wanted pyramid, which need every patch; leave one out"
-            )
-        if "heads" in want and not self.config.distilled:
-            raise UserError("want: given 'heads'; this model has one head, a distilled one has two")
-
-    def _embed(self, images: Tensor, keep: Tensor | None, mask: Tensor | None) -> Tensor:
+    def _embed(self, images: Tensor, grid: Size, keep: Tensor | None, mask: Tensor | None) -> Tensor:
         """B T D with positions added: prefix tokens first, then the patches, all or those kept."""
         patches = self.patch_embed(images, keep)
         if mask is not None:
             patches = torch.where(mask[..., None], self.mask_token.to(patches.dtype), patches)
-        places = self.pos_embed[:, self.prefix :]
+        places = resample(self.pos_embed[:, self.prefix :], self.grid, grid)
         if keep is not None:
             places = pick(places.expand(len(images), -1, -1), keep)
         tokens: list[Tensor] = (
@@ -182,32 +178,46 @@ class ViT(Backbone):
         prefix = torch.cat(tokens, dim=1) + self.pos_embed[:, : self.prefix]
         return torch.cat([prefix.expand(len(images), -1, -1), patches + places], dim=1)
 
-    def _read(self, x: Tensor, want: frozenset[str], maps: list[Tensor] | None) -> Tensor | Features:
+    def _read(
+        self, x: Tensor, want: frozenset[str], maps: list[Tensor] | None, grid: Size
+    ) -> Tensor | Features:
         """Last block's output, B T D → logits or features."""
         sources = self._pool(x)
-        found: dict[str, Any] = {"attentions": maps}
+        found: dict[str, Any] = {"attentions": maps and list(maps)}
         if not want or want & {"logits", "heads"}:
-            found["heads"] = tuple(
-                getattr(self, h)(s) for h, s in zip(("head", "head_dist"), sources, strict=False)
-            )
-            found["logits"] = sum(found["heads"]) / len(sources)
+            found["heads"] = tuple(getattr(self, h)(s) for h, s in zip(self.heads, sources, strict=True))
+            found["logits"] = self._join(found["heads"])
         if not want:
             logits: Tensor = found["logits"]
             return logits
         if "pooled" in want:
-            found["pooled"] = sum(sources[1:], start=sources[0]) / len(sources)
+            found["pooled"] = self._join(sources)
         if want & {"tokens", "prefix", "pyramid"}:
             normed = self.norm(x) if self.config.pool == "token" else self.fc_norm(x)
             found["prefix"], found["tokens"] = normed[:, : self.prefix], normed[:, self.prefix :]
         if "pyramid" in want:
-            found["pyramid"] = [found["tokens"].transpose(1, 2).unflatten(2, self.grid)]
+            found["pyramid"] = [found["tokens"].transpose(1, 2).unflatten(2, grid)]
         return Features(**{name: found[name] for name in want})
 
     def _pool(self, x: Tensor) -> list[Tensor]:
-        """What the heads read: B D for each head."""
+        """What the heads read: B D for each head, or B 2·D for the one over both tokens."""
         if self.config.pool == "mean":
             return [self.fc_norm(x[:, self.prefix :].mean(1))]
-        return list(self.norm(x[:, : self.prefix]).unbind(1))
+        tokens = self.norm(x[:, : self.prefix])
+        return [tokens.flatten(1)] if self.config.combine == "concat" else list(tokens.unbind(1))
+
+    def _join(self, parts: Sequence[Tensor]) -> Tensor:
+        if len(parts) == 1:
+            return parts[0]
+        return parts[0] + parts[1] if self.config.combine == "sum" else (parts[0] + parts[1]) / 2
+
+    def resized(self, name: str, value: Tensor) -> Tensor | None:
+        """Positions of another square grid; those of the prefix tokens stay."""
+        side = math.isqrt(max(0, value.shape[1] - self.prefix)) if value.ndim == 3 else 0
+        if name != "pos_embed" or side == 0 or side**2 + self.prefix != value.shape[1]:
+            return None
+        patches = resample(value[:, self.prefix :], (side, side), self.grid)
+        return torch.cat([value[:, : self.prefix], patches], dim=1)
 
     # ------------------------------------------------------------ layer-wise decay
 
@@ -235,7 +245,3 @@ def init_linears(module: nn.Module, how: Literal["deit", "mae"]) -> None:
             else:
                 nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
-
-
-def _times(shape: tuple[int, ...]) -> str:
-    return "×".join(str(side) for side in shape)
