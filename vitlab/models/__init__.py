@@ -1,37 +1,13 @@
-"""Models by name: configs, presets, and how one is built."""
+"""Models by name: configs, presets, how one is built, and its weights in and out."""
 
-from __future__ import annotations
-
-from typing import Any
-
-from vitlab.config import UserError, build, nearest
-from vitlab.models.features import Backbone, BackboneConfig, Features, Size
+from vitlab.models.families import FAMILIES, MODELS, ModelConfig, create_model, from_config
+from vitlab.models.features import Backbone, BackboneConfig, Features
 from vitlab.models.vit import ViT, ViTConfig
 from vitlab.models.weights import Loaded, Report, load_model, load_state, save_model
 
-FAMILIES: dict[type[BackboneConfig], type[Backbone]] = {ViTConfig: ViT}
-ModelConfig = ViTConfig  # with a second family: Annotated[ViTConfig | …, Field(discriminator="name")]
-MODELS = {name: config for config in FAMILIES for name in config.presets}
-
-
-def create_model(name: str, *, num_classes: int, image_size: int | Size, **overrides: Any) -> Backbone:
-    """A fresh model from a preset's name; `overrides` are further fields of its config."""
-    if name not in MODELS:
-        raise UserError(f"model: given '{name}'; allowed: {', '.join(MODELS)}{nearest(name, MODELS)}")
-    config = build(MODELS[name], {"name": name, **overrides})
-    return from_config(config, num_classes=num_classes, image_size=image_size)
-
-
-def from_config(config: BackboneConfig, *, num_classes: int, image_size: int | Size) -> Backbone:
-    """A fresh model. `num_classes` 0: no head, the logits are the pooled features."""
-    if num_classes < 0:
-        raise UserError(f"num_classes: given {num_classes}; allowed: 0 (no head) or more")
-    return FAMILIES[type(config)](config, num_classes, image_size)
-
-
 __all__ = [
-    "MODELS",
     "FAMILIES",
+    "MODELS",
     "Backbone",
     "BackboneConfig",
     "Features",

@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vitlab.config import UserError, build, resolved
+from vitlab.config import UserError, build, nearest, resolved
+from vitlab.models.families import MODELS, from_config
 from vitlab.models.features import Backbone
-from vitlab.models.vit import ViT, ViTConfig
 
 FILES = ("config.json", "model.safetensors", "preprocess.json", "labels.json")
 SHOWN = 5  # names of one kind in a message
@@ -116,10 +116,13 @@ def _rebuild(tree: dict[str, Any]) -> Backbone:
     size = tree.pop("image_size", None)
     if not (isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) for side in size)):
         raise UserError(f"image_size: given {json.dumps(size)}; expected [height, width]")
-    config = build(ViTConfig, tree)
+    name = tree.get("name")
+    if name not in MODELS:
+        raise UserError(f"name: given {name!r}; allowed: {', '.join(MODELS)}{nearest(str(name), MODELS)}")
+    config = build(MODELS[name], tree)
     if config.num_classes is None:
         raise UserError("num_classes: missing")
-    return ViT(config, config.num_classes, (size[0], size[1]))
+    return from_config(config, num_classes=config.num_classes, image_size=(size[0], size[1]))
 
 
 def _json(path: Path, kind: type) -> Any:
