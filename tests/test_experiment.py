@@ -67,7 +67,7 @@ def test_the_experiments_can_be(file: Path) -> None:
         ),
         (
             "distill.model.distilled=false",
-            "distill.method.token: given true, but distill.model has no distillation token; "
+            "distill.method.token: given true, but distill.model has no distillation head; "
             "give distill.model.distilled=true or distill.method.token=false",
         ),
         (
@@ -91,7 +91,10 @@ def test_the_experiments_can_be(file: Path) -> None:
             "tune.space={batch_size: [64, 50]}",
             "tune.space: finetune.batch_size: given 50; allowed: multiples",
         ),
-        ("tune.space={model.patch_size: [4, 3]}", "tune.space: finetune.model.patch_size: given 3; it must"),
+        (
+            "tune.space={model.patch_size: [4, 3]}",
+            "tune.space: finetune.model: data.image_size 8 is not divisible by patch_size 3; nearest: 6 or 9; patch",
+        ),
         ("tune.space={method.name: [mae]}", "tune.space: finetune.method"),
         (
             "tune.space={epochs: [3, 9], optim.warmup_epochs: [0, 5]}",

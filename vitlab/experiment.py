@@ -17,7 +17,7 @@ from vitlab.engine.launch import ClusterConfig
 from vitlab.engine.loop import LoopConfig
 from vitlab.evaluation import EvaluateConfig
 from vitlab.methods import METHODS, DistillConfig, MAEConfig, MethodConfig
-from vitlab.models import ModelConfig
+from vitlab.models import ModelConfig, ViTConfig
 from vitlab.tracking import TrackingConfig
 from vitlab.wording import show
 
@@ -134,12 +134,12 @@ def _worker_problems(key: str, workers: int, data: ShardsConfig) -> Iterator[str
 
 
 def _stage_problems(name: str, stage: TrainConfig, data: ShardsConfig, workers: int) -> Iterator[str]:
-    batch, patch = stage.batch_size, stage.model.patch_size
-    if data.image_size % patch:
-        yield (
-            f"{name}.model.patch_size: given {patch}; it must divide data.image_size={data.image_size}, "
-            f"allowed: {_divisors(data.image_size)}"
-        )
+    batch = stage.batch_size
+    try:
+        rows, columns = stage.model.grid((data.image_size, data.image_size))
+    except UserError as error:
+        yield f"{name}.model: data.{error}"
+        return
     if stage.model.in_chans != data.channels:
         given = stage.model.in_chans
         yield f"{name}.model.in_chans: given {given}; the images have data.channels={data.channels}"
@@ -157,17 +157,21 @@ def _stage_problems(name: str, stage: TrainConfig, data: ShardsConfig, workers: 
     if stage.method.name not in TRAINING[name]:
         allowed = ", ".join(TRAINING[name])
         yield f"{name}.method.name: given {stage.method.name!r}; allowed in this stage: {allowed}"
-    yield from _method_problems(name, stage, (data.image_size // patch) ** 2)
+    yield from _method_problems(name, stage, rows * columns)
 
 
 def _method_problems(name: str, stage: TrainConfig, patches: int) -> Iterator[str]:
     method = stage.method
-    if isinstance(method, DistillConfig) and method.token and not stage.model.distilled:
+    if isinstance(method, DistillConfig) and method.token and not _two_heads(stage.model):
+        more = "combine=mean" if getattr(stage.model, "distilled", False) else "distilled=true"
         yield (
-            f"{name}.method.token: given true, but {name}.model has no distillation token; "
-            f"give {name}.model.distilled=true or {name}.method.token=false"
+            f"{name}.method.token: given true, but {name}.model has no distillation head; "
+            f"give {name}.model.{more} or {name}.method.token=false"
         )
-    if isinstance(method, MAEConfig):
+    if isinstance(method, MAEConfig) and not isinstance(stage.model, ViTConfig):
+        allowed = ", ".join(ViTConfig.presets)
+        yield f"{name}.model.name: given {stage.model.name!r}; mae needs a plain transformer, allowed: {allowed}"
+    elif isinstance(method, MAEConfig):
         visible = int(patches * (1 - method.mask_ratio))  # as methods/mae.py counts
         if visible in (0, patches):
             what = "every patch" if visible else "no patch"
@@ -181,6 +185,10 @@ def _method_problems(name: str, stage: TrainConfig, patches: int) -> Iterator[st
                 f"{name}.method.mask_ratio: given {method.mask_ratio}, which leaves {what} of {patches} "
                 f"visible; allowed: {allowed}"
             )
+
+
+def _two_heads(model: ModelConfig) -> bool:
+    return isinstance(model, ViTConfig) and model.distilled and model.combine != "concat"
 
 
 def _tune_problems(tune: TuneConfig, experiment: Experiment) -> Iterator[str]:

@@ -132,8 +132,8 @@ def _classes(job: TrainJob, shards: Shards) -> int:
 def _start_from(model: Backbone, folder: Path) -> None:
     """All of another model's backbone. Only heads, and the norm that pooling belongs to, start fresh."""
     source = load_model(folder).model
-    fresh = {"head", "head_dist"}
-    if model.config.pool != source.config.pool:
+    fresh = {*model.heads, *source.heads}
+    if getattr(model.config, "pool", None) != getattr(source.config, "pool", None):
         fresh |= {"norm", "fc_norm"}
     load_state(model, source.state_dict(), replace=fresh)
 

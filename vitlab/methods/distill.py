@@ -90,9 +90,10 @@ class Distill(Method):
 
 
 def _refuse(config: DistillConfig, model: Backbone, teacher: nn.Module) -> None:
-    if config.token and not getattr(model.config, "distilled", False):
+    if config.token and "heads" not in model.gives:
         raise UserError(
-            "distill: token: true needs a student with a distillation token; set distilled: true on it"
+            "distill: token: true needs a student with a distillation head; set distilled: true on it, "
+            "with combine: mean or sum"
         )
     mine, theirs = model.num_classes, getattr(teacher, "num_classes", None)
     if mine < 1 or mine != theirs:

@@ -36,7 +36,7 @@ class Supervised(Method):
         if model.num_classes < 1:
             raise UserError("supervised: the model has no head; build it with num_classes of 1 or more")
         self.config, self.model, self.image_size = config, model, image_size
-        self.distilled = bool(getattr(model.config, "distilled", False))
+        self.two_heads = "heads" in model.gives
 
     def views(self) -> list[View]:
         return [View("image", self.image_size)]
@@ -45,8 +45,8 @@ class Supervised(Method):
         return labelled(batch).sum()
 
     def forward(self, batch: Batch) -> Losses:
-        features = self.model(batch.views[0], {"heads" if self.distilled else "logits"}, seeds=batch.seeds)
-        logits = features.heads[0] if self.distilled else features.logits
+        features = self.model(batch.views[0], {"heads" if self.two_heads else "logits"}, seeds=batch.seeds)
+        logits = features.heads[0] if self.two_heads else features.logits
         weight = labelled(batch)
         loss = cross_entropy(logits, batch.labels, self.config.label_smoothing)
         return Losses((loss * weight).sum(), {"top1": (correct(logits, batch.labels) * weight).sum()})

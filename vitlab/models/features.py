@@ -5,7 +5,7 @@ Letters: B samples, N patches, P prefix tokens, D width, H heads, T = P + N toke
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from pydantic import Field, model_validator
@@ -72,6 +72,7 @@ class Backbone(nn.Module):
 
     gives: frozenset[str] = frozenset(NAMES) - {"heads"}  # what may be wanted
     keeps: bool = False  # whether `keep` works
+    heads: Sequence[str] = ("head",)  # the parts that turn features into logits, by their prefix
 
     config: Any  # the family's own subclass of BackboneConfig
     num_classes: int
@@ -137,9 +138,11 @@ def grid_of(image_size: Size, patch_size: int) -> Size:
     height, width = image_size
     for side in (height, width):
         if side <= 0 or side % patch_size:
-            sizes = sorted(
-                {max(1, side // patch_size) * patch_size, (max(0, side) // patch_size + 1) * patch_size}
+            sizes = {max(1, side // patch_size) * patch_size, (max(0, side) // patch_size + 1) * patch_size}
+            near = " or ".join(str(s) for s in sorted(sizes))
+            fits = ", ".join(str(p) for p in range(1, side + 1) if side % p == 0)
+            raise UserError(
+                f"image_size {side} is not divisible by patch_size {patch_size}; nearest: {near}"
+                + (f"; patch sizes that divide it: {fits}" if fits else "")
             )
-            near = " or ".join(str(s) for s in sizes)
-            raise UserError(f"image_size {side} is not divisible by patch_size {patch_size}; nearest: {near}")
     return height // patch_size, width // patch_size
