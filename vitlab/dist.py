@@ -75,3 +75,22 @@ def half(where: torch.device, precision: str) -> bool:
     if precision == "auto":
         return where.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return precision == "bf16"
+
+
+def workers() -> int:
+    """How many processes train together."""
+    return torch_dist.get_world_size() if torch_dist.is_initialized() else 1
+
+
+def gathered(value: Tensor) -> Tensor:
+    """A tensor of every rank, of the same shape on all, stacked by rank: for use inside models."""
+    parts = [torch.empty_like(value) for _ in range(torch_dist.get_world_size())]
+    torch_dist.all_gather(parts, value.contiguous())
+    return torch.stack(parts)
+
+
+def summed(value: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks: for use inside models."""
+    total = value.contiguous().clone()
+    torch_dist.all_reduce(total)
+    return total

@@ -6,13 +6,16 @@ Letters: B samples, N patches, P prefix tokens, D width, H heads, T = P + N toke
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitlab.config import Config, UserError, nearest
+from vitlab.models.norm import repeating
 
 Size = tuple[int, int]  # height, width
 
@@ -111,9 +114,14 @@ class Backbone(nn.Module):
 
     def run(self, block: nn.Module, *inputs: Any) -> Any:
         """`block(*inputs)`; with `recompute` its insides are not kept for the gradient."""
-        if not (self.recompute and self.training):
+        fills = any(isinstance(thing, list) for thing in inputs)  # a second pass would fill it again
+        if fills or not (self.recompute and self.training):
             return block(*inputs)
-        return checkpoint(block, *inputs, use_reentrant=False)
+        if torch.compiler.is_compiling():  # the compiler repeats operations, not Python: nothing to mark
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return checkpoint(
+            block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), repeating(block))
+        )
 
     def resized(self, name: str, value: Tensor) -> Tensor | None:
         """A table of another resolution, by its name in the state dict, for this model's; None: no table."""

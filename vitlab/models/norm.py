@@ -1,24 +1,31 @@
 """Batch normalisation over the global batch.
 
 Paper: Ioffe and Szegedy 2015 (arXiv 1502.03167). With several workers, the statistics are those of all
-their samples, forward and backward, by one reduction each; `nn.SyncBatchNorm` refuses a CPU. Running
-statistics are therefore the same on every worker. Alone, it is torch's own.
+their samples: forward and backward have one collective each (`nn.SyncBatchNorm` refuses a CPU). Every
+worker computes the same statistics from the same numbers in the same order, so buffers are equal on all
+of them to the bit. Alone, it is torch's own.
 
 Local counts, means and sums of squared distances are merged as in Chan et al. 1979, which loses no digits
-where a mean is large against its spread.
+where a mean is large against its spread. Statistics are never computed in half precision; the gradients
+of scale and shift are local sums, which the engine reduces like those of any other parameter.
 
-Letters: B samples, C channels.
+Letters: B samples, C channels, n values of a channel here, N on all workers, W workers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from vitlab.dist import World, world_of_group
+from vitlab.dist import gathered, summed, workers
+
+PLACES = (0, 2, 3)  # the dimensions that a channel's statistics run over
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -31,10 +38,108 @@ class BatchNorm2d(nn.BatchNorm2d):
     recomputing = False
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (the name nn.BatchNorm2d gives it)
-        world = world_of_group() if self.training else World()
-        if world.size == 1:
+        if not self.training:
             return super().forward(input)
-        raise NotImplementedError
+        moves = self.track_running_stats and not self.recomputing
+        if workers() > 1:
+            out, mean, variance = _Everywhere.apply(input, self.weight, self.bias, self.eps)
+            if moves:
+                self._move(mean, variance)
+            normed: Tensor = out
+            return normed
+        if moves or self.running_mean is None or self.running_var is None:
+            return super().forward(input)
+        # What is saved for the gradient must have the first pass's shapes: so statistics, but thrown away.
+        lost = (self.running_mean.clone(), self.running_var.clone())
+        return F.batch_norm(input, *lost, self.weight, self.bias, True, 0.0, self.eps)
+
+    @torch.no_grad()
+    def _move(self, mean: Tensor, variance: Tensor) -> None:
+        """Running statistics towards these, as torch does; without a momentum, the mean of all steps."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked += 1
+        part = 1 / self.num_batches_tracked.to(mean.dtype) if self.momentum is None else self.momentum
+        for running, new in ((self.running_mean, mean), (self.running_var, variance)):
+            running.add_((new.to(running.dtype) - running) * part)
 
 
-__all__ = ["BatchNorm2d", "F", "Any", "torch", "nn"]
+class _Everywhere(torch.autograd.Function):
+    """y = x̂ · weight + bias, x̂ = (x - mean) · (variance + ε)^-½ with the statistics of all workers.
+
+    Also gives mean and unbiased variance. Backward, over all workers:
+    dx = weight · (variance + ε)^-½ · (dy - Σdy / N - x̂ · Σ(dy · x̂) / N)
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wide = _wide(x)
+        total, mean, squares = _merge(gathered(_local(wide)))
+        scale = (squares / total + eps).rsqrt()
+        ctx.save_for_backward(x, weight, mean, scale, total)
+        normed = (wide - _spread(mean)) * _spread(scale)
+        variance = squares / (total - 1)
+        ctx.mark_non_differentiable(mean, variance)
+        return _affine(normed, weight, bias).to(x.dtype), mean, variance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, scale, total = ctx.saved_tensors
+        wide, normed = _wide(dy), (_wide(x) - _spread(mean)) * _spread(scale)
+        sums = torch.stack([wide.sum(PLACES), (wide * normed).sum(PLACES)])  # 2 C
+        shift, slope = (summed(sums) / total).unbind(0)
+        factor = scale if weight is None else scale * weight.to(scale.dtype)
+        dx = (wide - _spread(shift) - normed * _spread(slope)) * _spread(factor)
+        if weight is None:
+            return dx.to(x.dtype), None, None, None
+        return dx.to(x.dtype), sums[1].to(weight.dtype), sums[0].to(weight.dtype), None
+
+
+def _local(x: Tensor) -> Tensor:
+    """B C height width → 1 + 2C: n, the means, the sums of squared distances from them."""
+    n = x.numel() // x.shape[1]
+    if n == 0:  # a worker without samples counts for nothing
+        return x.new_zeros(1 + 2 * x.shape[1])
+    variance, mean = torch.var_mean(x, PLACES, correction=0)
+    return torch.cat([x.new_full((1,), float(n)), mean, variance * n])
+
+
+def _merge(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """W (1 + 2C) → N (1), the means of all (C), the sums of squared distances from them (C)."""
+    n, (means, squares) = parts[:, :1], parts[:, 1:].chunk(2, dim=1)
+    total = n.sum(0)
+    mean = (n * means).sum(0) / total
+    return total, mean, (squares + n * (means - mean).square()).sum(0)
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if weight is None or bias is None:
+        return x
+    return x * _spread(weight.to(x.dtype)) + _spread(bias.to(x.dtype))
+
+
+def _spread(channels: Tensor) -> Tensor:
+    """C → 1 C 1 1."""
+    return channels.view(1, -1, 1, 1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32."""
+    return x.float() if x.dtype.itemsize < 4 else x
+
+
+@contextmanager
+def repeating(block: nn.Module) -> Iterator[None]:
+    """While this lasts, the block repeats a forward pass: its running statistics stay."""
+    norms = [module for module in block.modules() if isinstance(module, BatchNorm2d)]
+    for norm in norms:
+        norm.recomputing = True
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.recomputing = False
