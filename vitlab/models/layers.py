@@ -119,36 +119,40 @@ def _layer_scale(dim: int, start: float | None) -> nn.Module:
 
 
 class QKV(nn.Linear):
-    """One dense layer for Q, K and V."""
+    """One dense layer for Q, K and V, each of `num_heads` heads."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__(dim, 3 * dim)
+        self.num_heads = num_heads
 
     def forward(  # type: ignore[override]
         self,
         input: Tensor,  # noqa: A002  (the name nn.Linear gives it)
         first: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """B T D → queries B T D (B F D) and keys with values B T 2·D; without `first` parts of one tensor."""
-        dim = self.in_features
+    ) -> tuple[Tensor, ...]:
+        """B T D → Q, K, V, B H T D/H each; with `first` Q has these tokens alone."""
         if first is None:
-            whole = F.linear(input, self.weight, self.bias)
-            return whole[..., :dim], whole[..., dim:]
+            return self._heads(F.linear(input, self.weight, self.bias), 3)
+        dim = self.in_features
         queries = F.linear(input[:, :first], self.weight[:dim], self.bias[:dim])
-        return queries, F.linear(input, self.weight[dim:], self.bias[dim:])
+        return self._heads(queries, 1) + self._heads(F.linear(input, self.weight[dim:], self.bias[dim:]), 2)
+
+    def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        split = x.view(*x.shape[:2], parts, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        return tuple(split.unbind(0))
 
 
 class Attention(nn.Module):
-    """softmax(Q K^T / √(D/H)) V, with one product for Q, K and V."""
+    """softmax(Q K^T / √(D/H)) V."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.qkv = QKV(dim, 3 * dim)
+        self.qkv = QKV(dim, num_heads)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, maps: list[Tensor] | None = None, first: int | None = None) -> Tensor:
         """B T D → B T D (B F D); a list in `maps` gets the attention, B H T T, then computed openly."""
-        queries, others = self.qkv(x, first)
-        q = queries.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # B H T D/H
-        k, v = others.unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x, first)
         if maps is None:
             out = F.scaled_dot_product_attention(q, k, v)
         else:
