@@ -22,6 +22,7 @@ from vitlab.evaluation import EvaluateConfig
 from vitlab.experiment import Between, Experiment, TrainConfig, TuneConfig
 from vitlab.methods import DistillConfig, MAEConfig, SupervisedConfig
 from vitlab.models import ViTConfig
+from vitlab.models.borrowed import BorrowedConfig
 from vitlab.stages import SEEN
 from vitlab.tracking import TrackingConfig
 
@@ -40,6 +41,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "`tracking`": TrackingConfig,
     "`pretrain`, `finetune`, `distill`": TrainConfig,
     "`model`": ViTConfig,
+    "`model`: torchvision and timm": BorrowedConfig,
     "`method: {name: supervised}`": SupervisedConfig,
     "`method: {name: mae}`": MAEConfig,
     "`method: {name: distill}`": DistillConfig,

@@ -19,6 +19,7 @@ PLAIN = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
 SMALL: dict[str, Small] = {
     "vit_tiny": Small(16, PLAIN),
     "deit_tiny": Small(16, PLAIN),
+    "torchvision": Small(32, {"arch": "resnet18"}),
 }
 
 

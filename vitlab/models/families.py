@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from vitlab.config import UserError, build, nearest
+from vitlab.models.borrowed import Borrowed, BorrowedConfig
+from vitlab.models.compact import Compact, CompactConfig
 from vitlab.models.features import Backbone, BackboneConfig, Size
 from vitlab.models.vit import ViT, ViTConfig
 
-FAMILIES: dict[type[BackboneConfig], type[Backbone]] = {ViTConfig: ViT}
-ModelConfig = ViTConfig  # with a second family: Annotated[ViTConfig | …, Field(discriminator="name")]
+FAMILIES: dict[type[BackboneConfig], type[Backbone]] = {
+    ViTConfig: ViT,
+    BorrowedConfig: Borrowed,
+    CompactConfig: Compact,
+}
+ModelConfig = Annotated[ViTConfig | BorrowedConfig | CompactConfig, Field(discriminator="name")]
 MODELS = {name: config for config in FAMILIES for name in config.presets}
 
 
