@@ -2,6 +2,7 @@
 
 from vitlab.models.families import FAMILIES, MODELS, ModelConfig, create_model, from_config
 from vitlab.models.features import Backbone, BackboneConfig, Features
+from vitlab.models.load import load_weights
 from vitlab.models.vit import ViT, ViTConfig
 from vitlab.models.weights import Loaded, Report, load_model, load_state, save_model
 
@@ -20,5 +21,6 @@ __all__ = [
     "from_config",
     "load_model",
     "load_state",
+    "load_weights",
     "save_model",
 ]

@@ -6,10 +6,10 @@ The folder holds config.json, model.safetensors, preprocess.json and labels.json
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -24,6 +24,14 @@ FILES = ("config.json", "model.safetensors", "preprocess.json", "labels.json")
 SHOWN = 5  # names of one kind in a message
 
 
+class Resized(NamedTuple):
+    """A table that was brought to the model's resolution."""
+
+    name: str
+    given: str  # shapes, as 1×197×768
+    model: str
+
+
 @dataclass(frozen=True)
 class Report:
     """What became of every tensor, by name."""
@@ -31,6 +39,19 @@ class Report:
     loaded: tuple[str, ...]
     fresh: tuple[str, ...]  # of the model, left as initialised
     ignored: tuple[str, ...]  # of the state, used nowhere
+    resized: tuple[Resized, ...] = ()
+    layout: str = "vitlab"  # whose names the weights have
+    part: str = ""  # which part of a checkpoint was read, as `teacher`
+    beside: tuple[str, ...] = ()  # parts of it that hold tensors and were not read
+
+    def __str__(self) -> str:
+        of = f", {self.part} of the checkpoint" if self.part else ""
+        lines = [f"{len(self.loaded)} tensors loaded (layout: {self.layout}{of})"]
+        lines += [f"not read: {some(self.beside)}"] if self.beside else []
+        lines += [f"resized: {name} {given} → {model}" for name, given, model in self.resized]
+        lines += [f"started fresh: {some(self.fresh)}"] if self.fresh else []
+        lines += [f"left out: {some(self.ignored)}"] if self.ignored else []
+        return "; ".join(lines)
 
 
 @dataclass(frozen=True)
@@ -57,13 +78,12 @@ def load_state(
     extra = [name for name in state if name not in own and name not in ignored]
     common = [name for name in own if name in state and name not in fresh]
     reshaped = [name for name in common if own[name].shape != state[name].shape]
-    shapes = [f"{name}: given {_size(state[name])}, model {_size(own[name])}" for name in reshaped]
+    shapes = [f"{name}: given {size(state[name])}, model {size(own[name])}" for name in reshaped]
     wrong = {"missing": missing, "not in the model": extra, "of other shape": shapes}
     if any(wrong.values()):
-        found = "; ".join(f"{len(names)} {kind} ({_some(names)})" for kind, names in wrong.items() if names)
-        raise UserError(
-            f"the weights do not fit the model: {found}; a prefix in `replace` starts tensors fresh"
-        )
+        heads = _under_all((*missing, *extra, *reshaped), getattr(model, "heads", ()))
+        way = f"replace={heads} starts the head fresh" if heads else "`replace=` starts a prefix fresh"
+        raise UserError(f"the weights do not fit the model: {_kinds(wrong)}; {way}")
     model.load_state_dict({name: state[name] for name in common}, strict=False)
     return Report(tuple(common), fresh, ignored)
 
@@ -108,7 +128,7 @@ def load_model(folder: Path) -> Loaded:
         model = _rebuild(config)
         load_state(model, load_file(folder / FILES[1]))
     except (UserError, SafetensorError) as error:
-        raise UserError(f"{folder}: damaged or not of this version: {_line(error)}") from None
+        raise UserError(f"{folder}: damaged or not of this version: {one_line(error)}") from None
     return Loaded(model, preprocess, labels)
 
 
@@ -129,7 +149,7 @@ def _json(path: Path, kind: type) -> Any:
     try:
         data = json.loads(path.read_text("utf8"))
     except ValueError as error:  # broken JSON or broken UTF-8
-        raise UserError(f"{path}: damaged: {_line(error)}") from None
+        raise UserError(f"{path}: damaged: {one_line(error)}") from None
     if not isinstance(data, kind):
         raise UserError(f"{path}: damaged: expected a {kind.__name__}, given a {type(data).__name__}")
     return data
@@ -139,18 +159,27 @@ def _under(name: str, prefixes: Iterable[str]) -> bool:
     return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
 
 
+def _under_all(names: Collection[str], prefixes: Collection[str]) -> tuple[str, ...]:
+    """The prefixes that are needed to cover all the names; none if they cannot."""
+    used = tuple(p for p in prefixes if any(_under(name, [p]) for name in names))
+    return used if all(_under(name, used) for name in names) else ()
+
+
 def _kinds(wrong: Mapping[str, list[str]]) -> str:
-    return "; ".join(f"{len(names)} {kind} ({_some(names)})" for kind, names in wrong.items() if names)
+    return "; ".join(f"{len(names)} {kind} ({some(names)})" for kind, names in wrong.items() if names)
 
 
-def _some(names: list[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """A handful of names, and how many more there are."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
 
 
-def _size(tensor: Tensor) -> str:
+def size(tensor: Tensor) -> str:
+    """Its shape, as 3×16."""
     return "×".join(str(side) for side in tensor.shape) or "scalar"
 
 
-def _line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+def one_line(error: Exception) -> str:
+    """The first line of what it says."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

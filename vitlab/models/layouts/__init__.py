@@ -1,0 +1,12 @@
+"""Layouts of weights by the family of model that they are for."""
+
+from __future__ import annotations
+
+from vitlab.models.features import Backbone
+from vitlab.models.layouts import vit
+from vitlab.models.layouts.base import Layout
+from vitlab.models.vit import ViT
+
+LAYOUTS: dict[type[Backbone], tuple[Layout, ...]] = {ViT: vit.LAYOUTS}
+
+__all__ = ["LAYOUTS", "Layout"]
