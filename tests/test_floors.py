@@ -29,6 +29,7 @@ FLOORS = {
     "vitlab/jobs/": 7,
     "vitlab/stages.py": 8,
     "vitlab/tune.py": 9,
+    "vitlab/bench/": 9,
     "vitlab/cli.py": 10,
     "vitlab/__init__.py": 11,
     "pipelines/": 12,

@@ -114,6 +114,22 @@ def main() -> None:
     ui.add_argument("--port", type=int, default=5000)
     ui.set_defaults(action=_ui)
 
+    bench = commands.add_parser(
+        "bench",
+        help="measure against a peer",
+        epilog="example: vitlab bench step vit_small swin_tiny --json step.json",
+    )
+    bench.add_argument("what", choices=["step"], help="step: forward, backward and optimizer of a model")
+    bench.add_argument("cases", nargs="*", help="which models; default: all that have a peer")
+    bench.add_argument("--batch", type=int, default=8, help="images of a step (8)")
+    bench.add_argument("--image-size", type=int, default=224, help="pixels a side (224)")
+    bench.add_argument("--rounds", type=int, default=9, help="measured rounds; medians are shown (9)")
+    bench.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (all cores)")
+    bench.add_argument("--compile", action="store_true", help="our side by torch.compile, the peer eager")
+    bench.add_argument("--precision", choices=["fp32", "bf16", "auto"], default="fp32")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    bench.set_defaults(action=_bench)
+
     given = parser.parse_args()
     sys.exit(guarded(lambda: given.action(given)))
 
@@ -147,6 +163,20 @@ def _run(given: argparse.Namespace) -> None:
     file = HERE / "pipelines" / f"{given.pipeline}.py"
     sys.argv = [str(file), *given.arguments]
     runpy.run_path(str(file), run_name="__main__")
+
+
+def _bench(given: argparse.Namespace) -> None:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
+    from vitlab.bench import StepOptions, bench_step, print_rows, write_json
+    from vitlab.dist import device
+    from vitlab.face import Face
+
+    names = ("batch", "image_size", "rounds", "threads", "compile", "precision")
+    options = StepOptions(**{name: getattr(given, name) for name in names})
+    rows = bench_step(given.cases, options, lambda text: Face().print(f"  {text}"))
+    print_rows(f"bench step · {options.precision} · batch {options.batch} · {options.threads} threads", rows)
+    if given.json is not None:
+        write_json(given.json, "step", rows, device(0))
 
 
 def _ui(given: argparse.Namespace) -> None:

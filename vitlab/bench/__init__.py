@@ -1,0 +1,12 @@
+"""Measurements against a peer in the same run.
+
+The two sides take turns, so that whatever else the machine does falls on both. A row holds the medians and
+`ratio`, our cost over theirs: below 1 is better.
+"""
+
+from __future__ import annotations
+
+from vitlab.bench.report import Row, print_rows, write_json
+from vitlab.bench.step import CASES, StepOptions, bench_step
+
+__all__ = ["CASES", "Row", "StepOptions", "bench_step", "print_rows", "write_json"]
