@@ -236,8 +236,8 @@ class Run:
         self.store.tag(
             self.run_id, {f"vitlab.run.{label}": artifact.run_id, f"vitlab.outcome.{label}": outcome}
         )
-        headline = {
-            n: v for n, v in metrics.items() if n.startswith(("val/", "eval/")) and "/class/" not in n
+        headline = {  # eval/top1, not eval/class/NAME and its like
+            n: v for n, v in metrics.items() if n.startswith(("val/", "eval/")) and n.count("/") == 1
         }
         self.store.metrics(self.run_id, {f"{label}/{n}": v for n, v in headline.items()})
         return artifact

@@ -1,19 +1,30 @@
-"""Figures of attention against naive loops, hand-made cases and real convolutions."""
+"""Attention in numbers against naive loops, hand-made cases and real convolutions; its pictures and stage."""
 
 from __future__ import annotations
 
+import csv
 import itertools
 import math
+from collections.abc import Collection
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from vitlab.config import UserError
+from vitlab.config import UserError, build
+from vitlab.data import ShardsConfig, prepare
+from vitlab.dist import World
+from vitlab.evaluation import EvaluateConfig
 from vitlab.evaluation.attention import (
     Layer,
+    Look,
     entropy,
     even_look,
+    layers_of,
+    look,
     mean_distance,
     place,
     place_all,
@@ -22,6 +33,19 @@ from vitlab.evaluation.attention import (
     resnet_fields,
     rollout,
 )
+from vitlab.evaluation.attention_pictures import (
+    attention_table,
+    distance_figure,
+    heads_figure,
+    overlay,
+    rollout_figure,
+)
+from vitlab.evaluation.pictures import save_figure
+from vitlab.jobs.evaluating import EvaluateJob, run_evaluation
+from vitlab.jobs.place import Place, preprocess
+from vitlab.models import create_model, load_model, save_model
+from vitlab.models.features import Features
+from vitlab.tracking import Store, TrackingConfig
 
 
 def maps(*shape: int, seed: int = 0) -> Tensor:
@@ -200,3 +224,201 @@ def test_layers_are_placed() -> None:
     assert not plain(place_all([(1, 42, 3, 4, 4)], grids, size, 0))
     with pytest.raises(UserError, match=r"evaluate\.attention: .* layer 2 is 3×168×42, .* allowed .*: 0"):
         place_all([(1, 3, 168, 168), (1, 3, 168, 42)], grids, size, 0)
+
+
+# ---------------------------------------------------------------- a model on some images
+
+
+TINY = {"patch_size": 4, "embed_dim": 8, "depth": 3, "num_heads": 2, "in_chans": 1}
+
+
+class Staged(nn.Module):
+    """Attention of two stages, as hierarchical models give it: in windows, or over each stage's grid."""
+
+    gives = frozenset({"logits", "attentions", "pyramid"})
+    image_size = (16, 16)
+
+    def __init__(self, windows: bool, keys: int = 0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.shapes = [(4, 3, 4, 4), (1, 6, 4, 4)] if windows else [(3, 16, keys or 16), (6, 4, 4)]
+        self.config = SimpleNamespace(in_chans=1, grid=lambda size: (4, 4))
+
+    def forward(self, images: Tensor, want: Collection[str]) -> Features:
+        b = len(images)
+        pyramid = [images.new_zeros(b, 8, side, side) for side in (4, 2)]
+        attentions = [torch.full((b, *shape), 1 / shape[-1]) for shape in self.shapes]
+        found = {"logits": images.new_zeros(b, 3), "attentions": attentions, "pyramid": pyramid}
+        return Features(**{name: found[name] for name in want})
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "reader"),
+    [
+        ("vit_tiny", {}, "class token"),
+        ("vit_tiny", {"pool": "mean"}, "mean of all patches"),
+        ("deit_tiny", {}, "class token"),
+    ],
+)
+def test_a_look_is_that_of_the_whole_batch(name: str, more: dict[str, str], reader: str) -> None:
+    """More images than are held at a time, on a grid that is no square."""
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=3, image_size=(8, 12), **TINY, **more).eval()
+    images = 5 * torch.randn(7, 1, 8, 12)
+    with torch.no_grad():
+        features = model(images, {"attentions", "logits", "prefix"})
+    p = features.prefix.shape[1]
+    found = look(model, model, images)
+    assert found.layers == [Layer((2, 3), (4.0, 4.0), p, False)] * 3
+    for i, attention in enumerate(features.attentions):
+        torch.testing.assert_close(found.distances[i], mean_distance(attention, (2, 3), 4, p))
+        torch.testing.assert_close(found.entropies[i], entropy(attention))
+    assert found.reader == reader
+    assert torch.equal(found.answers, features.logits.argmax(1))
+    rolled, last = rollout(features.attentions), features.attentions[-1]
+    if reader == "class token":
+        wanted = rolled[:, 0, p:], last[:, :, 0, p:]
+    else:
+        wanted = rolled[:, p:, p:].mean(1), last[:, :, p:, p:].mean(2)
+    torch.testing.assert_close(found.rollout, wanted[0].view(7, 2, 3))
+    torch.testing.assert_close(found.heads, wanted[1].view(7, 2, 2, 3))
+
+
+def test_stages_have_distances_but_no_rollout() -> None:
+    images = torch.zeros(2, 1, 16, 16)
+    stages = Staged(windows=False)
+    found = look(stages, stages, images)
+    assert [layer.patch for layer in found.layers] == [(4.0, 4.0), (8.0, 8.0)]
+    assert found.rollout is None
+    assert found.heads is not None
+    assert found.heads.shape == (2, 6, 2, 2)
+    two = (2 + math.sqrt(2)) / 4  # an even look at 2×2
+    assert found.distances[1].tolist() == pytest.approx([8 * two] * 6)
+    windows = Staged(windows=True)
+    found = look(windows, windows, images)
+    assert found.rollout is found.heads is None
+    assert found.distances[0].tolist() == pytest.approx([4 * two] * 3)
+    assert found.distances[1].tolist() == pytest.approx([8 * two] * 6)
+
+
+def test_models_without_maps_are_refused() -> None:
+    fewer = Staged(windows=False, keys=4)
+    with pytest.raises(UserError, match=r"attention of layer 1 is 3×16×4, .*allowed for this model: 0"):
+        layers_of(fewer, fewer)
+    fewer.gives = frozenset({"logits"})
+    with pytest.raises(
+        UserError, match=r"evaluate\.attention: Staged gives no attention maps; allowed .*: 0"
+    ):
+        layers_of(fewer, fewer)
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def test_an_overlay_is_brightest_where_the_map_is_strongest() -> None:
+    heat = torch.tensor([[0.0, 0.1], [0.2, 0.4]])
+    drawn = overlay(torch.full((1, 4, 6), 0.5), heat)
+    assert drawn.shape == (4, 6, 3)
+    assert 0 <= drawn.min() <= drawn.max() <= 1
+    assert torch.equal(drawn[0, 0], drawn[1, 2]), "a patch has one colour on an even image"
+    assert drawn[0, 0].tolist() == pytest.approx([0.3] * 3), "nothing: the image, dimmed"
+    bright = [drawn[y, x].sum().item() for y, x in ((0, 3), (2, 0), (2, 3))]
+    assert bright == sorted(bright)
+    assert overlay(torch.zeros(3, 4, 4), torch.zeros(2, 2)).isfinite().all()
+
+
+@pytest.mark.parametrize(("count", "heads", "channels"), [(1, 1, 1), (9, 2, 3), (1, 18, 3)])
+def test_maps_are_drawn(count: int, heads: int, channels: int, tmp_path: Path) -> None:
+    images, names = torch.rand(count, channels, 8, 8), [f"class {i}" for i in range(count)]
+    figure = heads_figure(images, torch.rand(count, heads, 2, 2), names, "title")
+    rows, columns = min(count, 8), min(heads, 16) + 1
+    assert len(figure.axes) == rows * columns + 1
+    assert [axes.get_ylabel() for axes in figure.axes[:-1:columns]] == names[:8]
+    assert [axes.get_title() for axes in figure.axes[:2]] == ["image", "head 1"]
+    save_figure(figure, tmp_path / "heads.png")
+    figure = rollout_figure(images, torch.rand(count, 2, 2), names, "title")
+    assert len(figure.axes) == rows * 2 + 1
+    save_figure(figure, tmp_path / "rollout.png")
+
+
+@pytest.mark.parametrize(("side", "dashed"), [(8, 0), (32, 1), (96, 2), (224, 3)])
+def test_distances_are_drawn(side: int, dashed: int, tmp_path: Path) -> None:
+    figure = distance_figure([torch.tensor([1.0, 2.0]), torch.tensor([3.0])], (side, side), "title")
+    axes = figure.axes[0]
+    dots = [dots.get_offsets().tolist() for dots in axes.collections]
+    assert dots == [[[1, 1], [1, 2]], [[2, 3]]]
+    assert [line.get_linestyle() for line in axes.lines] == [":"] + ["--"] * dashed
+    save_figure(figure, tmp_path / "distance.png")
+
+
+def test_the_table_of_attention() -> None:
+    found = Look([], [torch.tensor([1.5, 2])], [torch.tensor([0.0, 1])], None, None, torch.zeros(1), "")
+    assert attention_table(found) == "layer,head,distance_px,entropy_nats\n1,1,1.5,0\n1,2,2,1\n"
+
+
+# ---------------------------------------------------------------- the stage
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with shards of the digits and an untrained model that knows their classes."""
+    home = tmp_path_factory.mktemp("home")
+    shards = prepare(DATA, home / "shards")
+    torch.manual_seed(0)
+    model = create_model("vit_tiny", num_classes=10, image_size=8, **TINY)
+    save_model(model, home / "model", preprocess=preprocess(DATA), labels=shards.classes)
+    return home
+
+
+DATA = build(ShardsConfig, {"source": "digits", "image_size": 8, "channels": 1})
+
+
+def evaluated(home: Path, attention: int) -> tuple[str, dict[str, float], list[Any]]:
+    """The MLflow run, what the job says it measured, and what it posted."""
+    store = Store(TrackingConfig(), home)
+    run_id = store.start("evaluate", {}, {})
+    place = Place(home, store.config, run_id, home / "shards", DATA, 0)
+    job = EvaluateJob(EvaluateConfig(attention=attention), place, home / "model", "evaluate model")
+    posts: list[Any] = []
+    result = run_evaluation(job, World(device=torch.device("cpu")), lambda *post: posts.append(post))
+    return run_id, result["metrics"], posts
+
+
+def test_an_evaluation_draws_attention(home: Path) -> None:
+    run_id, metrics, posts = evaluated(home, 3)
+    store = Store(TrackingConfig(), home)
+    pictures, report = store.download(run_id, "pictures"), store.download(run_id, "report")
+    assert pictures is not None
+    assert report is not None
+    assert {p.name for p in pictures.iterdir()} == {"attention.png", "rollout.png", "attention_distance.png"}
+    assert {p.name for p in report.iterdir()} == {
+        "attention.csv",
+        "confusion.csv",
+        "confusion.png",
+        "report.json",
+    }
+    rows = list(csv.DictReader((report / "attention.csv").read_text().splitlines()))
+    assert [(row["layer"], row["head"]) for row in rows] == [
+        (str(i), str(h)) for i in (1, 2, 3) for h in (1, 2)
+    ]
+    for layer in range(3):
+        mean = sum(float(row["distance_px"]) for row in rows[2 * layer : 2 * layer + 2]) / 2
+        name = f"eval/attention_distance/layer_0{layer + 1}"
+        assert metrics[name] == pytest.approx(mean, rel=1e-4)
+        assert store.get(run_id).metrics[name] == metrics[name]
+    assert {kind for kind, _ in posts} == {"progress"}
+
+
+def test_an_evaluation_draws_none_unless_asked(home: Path) -> None:
+    run_id, metrics, _ = evaluated(home, 0)
+    assert Store(TrackingConfig(), home).download(run_id, "pictures") is None
+    assert not [name for name in metrics if "attention" in name]
+
+
+def test_an_evaluation_refuses_before_it_works(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_model(home / "model")
+    loaded.model.gives = frozenset({"logits"})
+    monkeypatch.setattr("vitlab.jobs.evaluating.load_model", lambda folder: loaded)
+    monkeypatch.setattr("vitlab.jobs.evaluating.classify", None)
+    with pytest.raises(UserError, match=r"^evaluate\.attention: ViT gives no attention maps"):
+        evaluated(home, 3)

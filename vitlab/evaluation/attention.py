@@ -19,14 +19,14 @@ h w the patches down and across.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vitlab.config import UserError
-from vitlab.models.features import Size
+from vitlab.models.features import Backbone, Features, Size
 
 Sides = tuple[float, float]  # of a patch in pixels: height, width
 Step = tuple[int, int]  # of a network without branches: kernel, stride
@@ -65,8 +65,8 @@ def mean_distance(attention: Tensor, grid: Size, patch_size: float | Sides, pref
 
 def entropy(attention: Tensor) -> Tensor:
     """B H T T or B W H T T → H: -Σ_k a_qk ln a_qk over all tokens, the mean over queries and images."""
-    spread: Tensor = torch.special.entr(_exact(attention)).sum(-1)
-    return spread.mean(-1).flatten(0, -2).mean(0)
+    out: Tensor = torch.special.entr(_exact(attention)).sum(-1).mean(-1).flatten(0, -2).mean(0)
+    return out
 
 
 def _apart(grid: Size, patch_size: float | Sides) -> Tensor:
@@ -74,8 +74,8 @@ def _apart(grid: Size, patch_size: float | Sides) -> Tensor:
     height, width = patch_size if isinstance(patch_size, tuple) else (patch_size, patch_size)
     y = torch.arange(grid[0], dtype=torch.float64) * height
     x = torch.arange(grid[1], dtype=torch.float64) * width
-    places = torch.cartesian_prod(y, x).view(-1, 2)
-    return (places[:, None] - places).norm(dim=-1)
+    places = torch.cartesian_prod(y, x)
+    return torch.cdist(places, places)
 
 
 def _exact(attention: Tensor) -> Tensor:
@@ -180,3 +180,82 @@ def place_all(
 def plain(layers: Sequence[Layer]) -> bool:
     """Whether all layers share one grid over the whole image, which a rollout needs."""
     return len(set(layers)) == 1 and not layers[0].windows
+
+
+# ---------------------------------------------------------------- a model on some images
+
+
+class Look(NamedTuple):
+    """Where a model looked on some images."""
+
+    layers: list[Layer]
+    distances: list[Tensor]  # H a layer, in pixels
+    entropies: list[Tensor]  # H a layer, in nats
+    heads: Tensor | None  # B H h w: what the reader takes from each patch in the last layer
+    rollout: Tensor | None  # B h w: what it takes from each patch at the image
+    answers: Tensor  # B: the class with the highest logit
+    reader: str  # what the model's head reads
+
+
+Forward = Callable[[Tensor, Collection[str]], Any]  # images and what is wanted → Features
+CHUNK = 4  # images whose maps are held at a time
+
+
+@torch.no_grad()
+def layers_of(forward: Forward, model: Backbone) -> list[Layer]:
+    """Where the model's tokens lie, from one black image; refuses a model that gives nothing to draw."""
+    if "attentions" not in model.gives:
+        family = type(model).__name__
+        raise UserError(f"evaluate.attention: {family} gives no attention maps; allowed for this model: 0")
+    want = {"attentions", "prefix", "pyramid"} & model.gives
+    black = torch.zeros(1, model.config.in_chans, *model.image_size, device=next(model.parameters()).device)
+    found: Features = forward(black, want)
+    grids = [model.config.grid(model.image_size), *((m.shape[2], m.shape[3]) for m in found.pyramid or ())]
+    prefix = 0 if found.prefix is None else found.prefix.shape[1]
+    return place_all([m.shape for m in found.attentions or ()], grids, model.image_size, prefix)
+
+
+@torch.no_grad()
+def look(forward: Forward, model: Backbone, images: Tensor) -> Look:
+    """B C height width, as the model takes them; the model is in evaluation mode.
+
+    The reader is the class token where the model's head reads it, else the mean over all patches as queries.
+    """
+    layers = layers_of(forward, model)
+    token = bool(layers[-1].prefix) and getattr(model.config, "pool", "token") == "token"
+    chunks = [images[i : i + CHUNK] for i in range(0, len(images), CHUNK)]
+    parts, sizes = [_look(forward, c, layers, token) for c in chunks], torch.tensor([len(c) for c in chunks])
+    heads, rolled = ([part[i] for part in parts if part[i] is not None] for i in (2, 3))
+    return Look(
+        layers,
+        [_weighted(found, sizes) for found in zip(*(part[0] for part in parts), strict=True)],
+        [_weighted(found, sizes) for found in zip(*(part[1] for part in parts), strict=True)],
+        torch.cat(heads) if heads else None,
+        torch.cat(rolled) if rolled else None,
+        torch.cat([part[4] for part in parts]),
+        "class token" if token else "mean of all patches",
+    )
+
+
+def _look(forward: Forward, images: Tensor, layers: list[Layer], token: bool) -> tuple[Any, ...]:
+    """Distances, entropies, heads, rollout and answers of a few images, on the CPU."""
+    found: Features = forward(images, {"attentions", "logits"})
+    assert found.attentions is not None
+    assert found.logits is not None
+    both = list(zip(found.attentions, layers, strict=True))
+    distances = [mean_distance(m, layer.grid, layer.patch, layer.prefix).cpu() for m, layer in both]
+    last, maps = layers[-1], found.attentions
+    heads = None if last.windows else _read(_exact(maps[-1]), last, token).cpu()
+    rolled = _read(rollout(maps), last, token).cpu() if plain(layers) else None
+    return distances, [entropy(m).cpu() for m in maps], heads, rolled, found.logits.argmax(1).cpu()
+
+
+def _read(maps: Tensor, layer: Layer, token: bool) -> Tensor:
+    """… T T → … h w: the reader's row without prefix tokens."""
+    rows = maps[..., 0, layer.prefix :] if token else maps[..., layer.prefix :, layer.prefix :].mean(-2)
+    return rows.reshape(*rows.shape[:-1], *layer.grid)
+
+
+def _weighted(parts: Sequence[Tensor], sizes: Tensor) -> Tensor:
+    """Means over parts → the mean over all."""
+    return (torch.stack(list(parts)) * sizes[:, None]).sum(0) / sizes.sum()

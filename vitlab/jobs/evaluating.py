@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,27 @@ from vitlab.config import UserError
 from vitlab.data import (
     Shards,
     eval_batches,
+    normalisation,
 )
 from vitlab.dist import World, half
 from vitlab.engine.serve import Post
 from vitlab.evaluation import (
     EvaluateConfig,
+    Tally,
     classify,
     confusion_figure,
     confusion_table,
     save_figure,
 )
+from vitlab.evaluation.attention import Look, layers_of, look
+from vitlab.evaluation.attention_pictures import (
+    attention_table,
+    distance_figure,
+    heads_figure,
+    rollout_figure,
+)
 from vitlab.jobs.place import Place, mover, preprocess
-from vitlab.models import load_model
+from vitlab.models import Backbone, load_model
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,8 @@ def run_evaluation(job: EvaluateJob, world: World, post: Post) -> dict[str, Any]
     model = (
         Autocast(loaded.model, half(world.device, job.config.precision), world.device).to(world.device).eval()
     )
+    if job.config.attention:
+        layers_of(model, loaded.model)  # a model without attention is refused before any work
     to_device = mover(job.place.data, world)
     batches = eval_batches(
         shards, job.place.data, job.config.split, job.config.batch_size, world, loaders=job.place.loaders
@@ -55,18 +67,68 @@ def run_evaluation(job: EvaluateJob, world: World, post: Post) -> dict[str, Any]
         return {}
     metrics, store = dict(tally.figures()), job.place.store()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        split, top1 = job.config.split.replace("_", "-"), metrics["eval/top1"]
-        title = f"{job.title} · {tally.images} {split} images · top-1 {top1:.2%}"
-        save_figure(confusion_figure(tally, shards.classes, title), folder / "confusion.png")
-        (folder / "confusion.csv").write_text(confusion_table(tally, shards.classes), "utf8")
-        by_class = dict(zip(shards.classes, tally.by_class(), strict=True))
-        report = {"metrics": metrics, "accuracy_by_class": by_class, "split": job.config.split}
-        (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", "utf8")
+        folder = Path(scratch) / "report"
+        by_class = _report(job, shards, tally, folder)
+        if job.config.attention:
+            found = _attention(job, shards, model, loaded.model, world, Path(scratch))
+            if found.rollout is None:
+                post("note", "no rollout is drawn: the layers do not all look over one grid of patches")
+            store.upload(job.place.run_id, Path(scratch) / "pictures", "pictures")
+            means = ((n, float(d.mean())) for n, d in enumerate(found.distances, 1))
+            metrics |= {f"eval/attention_distance/layer_{n:02d}": mean for n, mean in means}
         artifact = publish(store, job.place.run_id, folder, "report")
     per_class = {f"eval/class/{name}": value for name, value in by_class.items() if value is not None}
     store.metrics(job.place.run_id, metrics | (per_class if len(per_class) <= 200 else {}))
     return {"artifact": artifact, "metrics": metrics, "seconds": {}}
+
+
+def _report(job: EvaluateJob, shards: Shards, tally: Tally, folder: Path) -> dict[str, float | None]:
+    """Writes the report's files; each class's share of right answers."""
+    metrics, split = dict(tally.figures()), job.config.split
+    title = (
+        f"{job.title} · {tally.images} {split.replace('_', '-')} images · top-1 {metrics['eval/top1']:.2%}"
+    )
+    save_figure(confusion_figure(tally, shards.classes, title), folder / "confusion.png")
+    (folder / "confusion.csv").write_text(confusion_table(tally, shards.classes), "utf8")
+    by_class = dict(zip(shards.classes, tally.by_class(), strict=True))
+    report = {"metrics": metrics, "accuracy_by_class": by_class, "split": split}
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", "utf8")
+    return by_class
+
+
+def _attention(
+    job: EvaluateJob, shards: Shards, model: Autocast, backbone: Backbone, world: World, folder: Path
+) -> Look:
+    """Draws and tabulates the attention on the split's first images, which this process reads by itself."""
+    data, split = job.place.data, job.config.split
+    count = min(job.config.attention, shards.count(split))
+    batch = mover(data, world)(next(eval_batches(shards, data, split, count, World(device=world.device))))
+    found = look(model, backbone, batch.views[0])
+    mean, std = normalisation(data)
+    images = batch.views[0].cpu() * std + mean
+    names = [
+        _caption(shards.classes, *p) for p in zip(batch.labels.tolist(), found.answers.tolist(), strict=True)
+    ]
+    of = f"{job.title} · {backbone.config.name} · {{}} · {split.replace('_', '-')} images"
+    pictures = folder / "pictures"
+    if found.heads is not None:
+        title = of.format(f"where the last layer's heads look ({found.reader})")
+        save_figure(heads_figure(images, found.heads, names, title), pictures / "attention.png")
+    if found.rollout is not None:
+        title = of.format(f"attention rollout ({found.reader})")
+        save_figure(rollout_figure(images, found.rollout, names, title), pictures / "rollout.png")
+    title = f"{job.title} · {backbone.config.name} · how far each head looks · mean of {count} images"
+    figure = distance_figure(found.distances, backbone.image_size, title)
+    save_figure(figure, pictures / "attention_distance.png")
+    (folder / "report/attention.csv").write_text(attention_table(found), "utf8")
+    return found
+
+
+def _caption(classes: list[str], label: int, answer: int) -> str:
+    """The true class, and beneath it what the model took it for where that is another."""
+    if label < 0:
+        return f"no label\ntaken for {classes[answer]}"
+    return classes[label] if label == answer else f"{classes[label]}\ntaken for {classes[answer]}"
 
 
 def _fits(job: EvaluateJob, shards: Shards, given: dict[str, Any], labels: list[str]) -> None:
@@ -90,7 +152,7 @@ class Autocast(nn.Module):
         super().__init__()
         self.model, self.bf16, self.device_type = model, bf16, device.type
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, want: Collection[str] = ()) -> Any:
+        """Logits, or the `Features` that are wanted."""
         with torch.autocast(self.device_type, torch.bfloat16, enabled=self.bf16):
-            logits: Tensor = self.model(images)
-        return logits
+            return self.model(images, want)
