@@ -19,6 +19,7 @@ PLAIN = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
 SMALL: dict[str, Small] = {
     "vit_tiny": Small(16, PLAIN),
     "deit_tiny": Small(16, PLAIN),
+    "cvt_13": Small(32, {"embed_dims": [8, 16, 16], "num_heads": [1, 2, 2], "depths": [1, 1, 2]}),
     "torchvision": Small(32, {"arch": "resnet18"}),
 }
 

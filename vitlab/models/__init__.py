@@ -1,5 +1,6 @@
 """Models by name: configs, presets, how one is built, and its weights in and out."""
 
+from vitlab.models.cvt import CvT, CvTConfig
 from vitlab.models.families import FAMILIES, MODELS, ModelConfig, create_model, from_config
 from vitlab.models.features import Backbone, BackboneConfig, Features
 from vitlab.models.load import load_weights
@@ -11,6 +12,8 @@ __all__ = [
     "MODELS",
     "Backbone",
     "BackboneConfig",
+    "CvT",
+    "CvTConfig",
     "Features",
     "Loaded",
     "ModelConfig",

@@ -9,6 +9,7 @@ from pydantic import Field
 from vitlab.config import UserError, build, nearest
 from vitlab.models.borrowed import Borrowed, BorrowedConfig
 from vitlab.models.compact import Compact, CompactConfig
+from vitlab.models.cvt import CvT, CvTConfig
 from vitlab.models.features import Backbone, BackboneConfig, Size
 from vitlab.models.vit import ViT, ViTConfig
 
@@ -16,8 +17,9 @@ FAMILIES: dict[type[BackboneConfig], type[Backbone]] = {
     ViTConfig: ViT,
     BorrowedConfig: Borrowed,
     CompactConfig: Compact,
+    CvTConfig: CvT,
 }
-ModelConfig = Annotated[ViTConfig | BorrowedConfig | CompactConfig, Field(discriminator="name")]
+ModelConfig = Annotated[ViTConfig | BorrowedConfig | CompactConfig | CvTConfig, Field(discriminator="name")]
 MODELS = {name: config for config in FAMILIES for name in config.presets}
 
 
