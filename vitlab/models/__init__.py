@@ -1,9 +1,11 @@
 """Models by name: configs, presets, how one is built, and its weights in and out."""
 
+from vitlab.models.compact import Compact, CompactConfig
 from vitlab.models.cvt import CvT, CvTConfig
 from vitlab.models.families import FAMILIES, MODELS, ModelConfig, create_model, from_config
 from vitlab.models.features import Backbone, BackboneConfig, Features
 from vitlab.models.load import load_weights
+from vitlab.models.swin import Swin, SwinConfig
 from vitlab.models.vit import ViT, ViTConfig
 from vitlab.models.weights import Loaded, Report, load_model, load_state, save_model
 
@@ -12,12 +14,16 @@ __all__ = [
     "MODELS",
     "Backbone",
     "BackboneConfig",
+    "Compact",
+    "CompactConfig",
     "CvT",
     "CvTConfig",
     "Features",
     "Loaded",
     "ModelConfig",
     "Report",
+    "Swin",
+    "SwinConfig",
     "ViT",
     "ViTConfig",
     "create_model",

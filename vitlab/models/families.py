@@ -11,15 +11,19 @@ from vitlab.models.borrowed import Borrowed, BorrowedConfig
 from vitlab.models.compact import Compact, CompactConfig
 from vitlab.models.cvt import CvT, CvTConfig
 from vitlab.models.features import Backbone, BackboneConfig, Size
+from vitlab.models.swin import Swin, SwinConfig
 from vitlab.models.vit import ViT, ViTConfig
 
 FAMILIES: dict[type[BackboneConfig], type[Backbone]] = {
     ViTConfig: ViT,
     BorrowedConfig: Borrowed,
     CompactConfig: Compact,
+    SwinConfig: Swin,
     CvTConfig: CvT,
 }
-ModelConfig = Annotated[ViTConfig | BorrowedConfig | CompactConfig | CvTConfig, Field(discriminator="name")]
+ModelConfig = Annotated[
+    ViTConfig | BorrowedConfig | CompactConfig | SwinConfig | CvTConfig, Field(discriminator="name")
+]
 MODELS = {name: config for config in FAMILIES for name in config.presets}
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from vitlab.models.borrowed import Borrowed
 from vitlab.models.cvt import CvT
 from vitlab.models.features import Backbone
-from vitlab.models.layouts import cvt, vit
+from vitlab.models.layouts import borrowed, cvt, swin, vit
 from vitlab.models.layouts.base import Layout
+from vitlab.models.swin import Swin
 from vitlab.models.vit import ViT
 
 LAYOUTS: dict[type[Backbone], tuple[Layout, ...]] = {
     ViT: vit.LAYOUTS,
     CvT: cvt.LAYOUTS,
+    Borrowed: borrowed.LAYOUTS,
+    Swin: swin.LAYOUTS,
 }
 
 __all__ = ["LAYOUTS", "Layout"]
