@@ -19,7 +19,7 @@ from vitlab.data import AugmentConfig, ShardsConfig
 from vitlab.engine.launch import ClusterConfig
 from vitlab.engine.optim import OptimConfig
 from vitlab.evaluation import EvaluateConfig
-from vitlab.experiment import Between, Experiment, TrainConfig, TuneConfig
+from vitlab.experiment import AdoptConfig, Between, Experiment, TrainConfig, TuneConfig
 from vitlab.methods import DistillConfig, MAEConfig, SupervisedConfig
 from vitlab.models import ViTConfig
 from vitlab.models.borrowed import BorrowedConfig
@@ -39,6 +39,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "`data`": ShardsConfig,
     "`cluster`": ClusterConfig,
     "`tracking`": TrackingConfig,
+    "`adopt`": AdoptConfig,
     "`pretrain`, `finetune`, `distill`": TrainConfig,
     "`model`": ViTConfig,
     "`model`: torchvision and timm": BorrowedConfig,

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vitlab.cli import pipeline
     from vitlab.experiment import Experiment, read
+    from vitlab.jobs.fetching import load
     from vitlab.models import create_model
-    from vitlab.stages import Run, load
+    from vitlab.stages import Run
 
 _PLACES = {
     "Experiment": "vitlab.experiment",
     "Run": "vitlab.stages",
     "create_model": "vitlab.models",
-    "load": "vitlab.stages",
+    "load": "vitlab.jobs.fetching",
     "pipeline": "vitlab.cli",
     "read": "vitlab.experiment",
 }

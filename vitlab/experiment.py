@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, overload
 
 from pydantic import Field, model_validator
 
@@ -18,6 +18,7 @@ from vitlab.engine.loop import LoopConfig
 from vitlab.evaluation import EvaluateConfig
 from vitlab.methods import METHODS, DistillConfig, MAEConfig, MethodConfig
 from vitlab.models import ModelConfig, ViTConfig
+from vitlab.models.borrowed import BorrowedConfig
 from vitlab.tracking import TrackingConfig
 from vitlab.wording import show
 
@@ -28,6 +29,21 @@ class TrainConfig(LoopConfig):
     model: ModelConfig
     method: MethodConfig
     augment: AugmentConfig = AugmentConfig()
+
+
+class AdoptConfig(Config):
+    """A model whose weights come from outside: a file, a folder, `runs:/ID/model`, or `hub`."""
+
+    model: ModelConfig
+    weights: str = free(..., min_length=1)  # the digest of what is there is in the key, not the place
+    replace: list[str] = Field([])  # prefixes that start fresh, as `head`
+    part: str | None = None  # of a checkpoint with several, as `teacher`
+
+    @model_validator(mode="after")
+    def _published(self) -> AdoptConfig:
+        if self.weights == "hub" and not isinstance(self.model, BorrowedConfig):
+            raise ValueError("weights: given 'hub', which models of torchvision and timm have; give a file")
+        return self
 
 
 class Between(Config):
@@ -85,6 +101,7 @@ class Experiment(Config):
     data: ShardsConfig
     cluster: ClusterConfig = free(ClusterConfig())
     tracking: TrackingConfig = free(TrackingConfig())
+    adopt: AdoptConfig | None = None
     pretrain: Stage
     finetune: Stage
     distill: Stage
@@ -97,10 +114,14 @@ class Experiment(Config):
             raise UserError(problem)
         return self
 
-    def need(self, name: str) -> TrainConfig:
-        """A training stage's section."""
+    @overload
+    def need(self, name: Literal["adopt"]) -> AdoptConfig: ...
+    @overload
+    def need(self, name: Literal["pretrain", "finetune", "distill"]) -> TrainConfig: ...
+    def need(self, name: str) -> TrainConfig | AdoptConfig:
+        """A stage's section."""
         self.require(name)
-        section: TrainConfig = getattr(self, name)
+        section: TrainConfig | AdoptConfig = getattr(self, name)
         return section
 
     def require(self, *names: str) -> None:
@@ -123,6 +144,8 @@ def _problems(experiment: Experiment) -> Iterator[str]:
         section = getattr(experiment, name)
         if section is not None:
             yield from _stage_problems(name, section, data, max(1, cluster.workers))
+    if experiment.adopt is not None:
+        yield from _model_problems("adopt", experiment.adopt.model, data)
     if experiment.tune is not None:
         yield from _tune_problems(experiment.tune, experiment)
 
@@ -133,16 +156,18 @@ def _worker_problems(key: str, workers: int, data: ShardsConfig) -> Iterator[str
         yield f"{key}: given {workers}; it must divide data.streams={data.streams}, allowed: {allowed}"
 
 
-def _stage_problems(name: str, stage: TrainConfig, data: ShardsConfig, workers: int) -> Iterator[str]:
-    batch = stage.batch_size
+def _model_problems(name: str, model: ModelConfig, data: ShardsConfig) -> Iterator[str]:
     try:
-        rows, columns = stage.model.grid((data.image_size, data.image_size))
+        model.grid((data.image_size, data.image_size))
     except UserError as error:
         yield f"{name}.model: data.{error}"
-        return
-    if stage.model.in_chans != data.channels:
-        given = stage.model.in_chans
-        yield f"{name}.model.in_chans: given {given}; the images have data.channels={data.channels}"
+    if model.in_chans != data.channels:
+        yield f"{name}.model.in_chans: given {model.in_chans}; the images have data.channels={data.channels}"
+
+
+def _stage_problems(name: str, stage: TrainConfig, data: ShardsConfig, workers: int) -> Iterator[str]:
+    batch = stage.batch_size
+    yield from _model_problems(name, stage.model, data)
     if batch % data.streams:
         near = max(1, round(batch / data.streams)) * data.streams
         yield f"{name}.batch_size: given {batch}; allowed: multiples of data.streams={data.streams}: {near}"
@@ -157,10 +182,10 @@ def _stage_problems(name: str, stage: TrainConfig, data: ShardsConfig, workers: 
     if stage.method.name not in TRAINING[name]:
         allowed = ", ".join(TRAINING[name])
         yield f"{name}.method.name: given {stage.method.name!r}; allowed in this stage: {allowed}"
-    yield from _method_problems(name, stage, rows * columns)
+    yield from _method_problems(name, stage, data)
 
 
-def _method_problems(name: str, stage: TrainConfig, patches: int) -> Iterator[str]:
+def _method_problems(name: str, stage: TrainConfig, data: ShardsConfig) -> Iterator[str]:
     method = stage.method
     if isinstance(method, DistillConfig) and method.token and not _two_heads(stage.model):
         more = "combine=mean" if getattr(stage.model, "distilled", False) else "distilled=true"
@@ -170,8 +195,10 @@ def _method_problems(name: str, stage: TrainConfig, patches: int) -> Iterator[st
         )
     if isinstance(method, MAEConfig) and not isinstance(stage.model, ViTConfig):
         allowed = ", ".join(ViTConfig.presets)
-        yield f"{name}.model.name: given {stage.model.name!r}; mae needs a plain transformer, allowed: {allowed}"
+        given = stage.model.name
+        yield f"{name}.model.name: given {given!r}; mae needs a plain transformer, allowed: {allowed}"
     elif isinstance(method, MAEConfig):
+        patches = math.prod(stage.model.grid((data.image_size, data.image_size)))
         visible = int(patches * (1 - method.mask_ratio))  # as methods/mae.py counts
         if visible in (0, patches):
             what = "every patch" if visible else "no patch"
@@ -260,6 +287,8 @@ def check_shards(experiment: Experiment, shards: Shards, *, evaluates: bool) -> 
 
 
 def _shard_problems(experiment: Experiment, shards: Shards, evaluates: bool) -> Iterator[str]:
+    if experiment.adopt is not None:
+        yield from _other_classes("adopt", experiment.adopt.model, shards)
     for name in TRAINING:
         section = getattr(experiment, name)
         if section is not None:
@@ -282,8 +311,13 @@ def _unfit(name: str, stage: TrainConfig, data: ShardsConfig, shards: Shards) ->
         most = images // streams * streams
         allowed = f"multiples of data.streams={streams} up to {most}" if most else "none, lower data.streams"
         yield f"{name}.batch_size: given {batch}; the shards have {images} train images; allowed: {allowed}"
-    given, found = stage.model.num_classes, len(shards.classes)
-    if not METHODS[stage.method.name].headless and found and given not in (None, found):
+    if not METHODS[stage.method.name].headless:
+        yield from _other_classes(name, stage.model, shards)
+
+
+def _other_classes(name: str, model: ModelConfig, shards: Shards) -> Iterator[str]:
+    given, found = model.num_classes, len(shards.classes)
+    if found and given not in (None, found):
         yield f"{name}.model.num_classes: given {given}, but the shards have {found} classes; leave it out"
 
 

@@ -1,4 +1,4 @@
-"""The stages of a chain: pretrain, finetune, distill, evaluate. Typed inputs → `Artifact`.
+"""The stages of a chain: adopt, pretrain, finetune, distill, evaluate. Typed inputs → `Artifact`.
 
 A pipeline is plain calls on a `Run`; lineage is the arguments. Each call looks its content key up,
 and is a hit, goes on with an unfinished run, or starts one.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -23,15 +23,15 @@ from vitlab.data import Shards, ShardsConfig, prepare
 from vitlab.engine import checkpoint
 from vitlab.engine.launch import Session
 from vitlab.evaluation import EvaluateConfig
-from vitlab.experiment import Experiment, TrainConfig, check_shards, from_anywhere
+from vitlab.experiment import AdoptConfig, Experiment, TrainConfig, check_shards, from_anywhere
 from vitlab.face import Face, Line, Row
 from vitlab.home import git_sha, home, locked
 from vitlab.jobs import EvaluateJob, Place, TrainJob, forget, work
-from vitlab.models import Loaded, load_model
-from vitlab.tracking import Store, TrackingConfig
+from vitlab.jobs.adopting import AdoptJob, locate, run_adoption
+from vitlab.tracking import Store
 
 # Raised when the same config must give another result than before: part of every key of the stage.
-REVISION = {"pretrain": 1, "finetune": 1, "distill": 1, "evaluate": 1, "search": 1}
+REVISION = {"adopt": 1, "pretrain": 1, "finetune": 1, "distill": 1, "evaluate": 1, "search": 1}
 SEEN = ("image_size", "channels", "streams", "window", "mean", "std")  # data settings that decide a result
 Result = dict[str, Any]  # of a job: artifact, metrics, seconds
 
@@ -103,6 +103,17 @@ class Run:
         self.store.tag(self.run_id, {"vitlab.data_digest": shards.digest})
         return shards
 
+    def adopt(self, config: AdoptConfig, *, data: Shards, label: str = "adopt") -> Artifact:
+        """Weights from outside as a model of this chain: a teacher, or a start for finetune."""
+        source = locate(config, self.store)
+        inputs = {"weights": source.artifact} if source.artifact is not None else {}
+
+        def do(run_id: str) -> Result:
+            job = AdoptJob(config, self.experiment.seed, self._place(run_id, data), source)
+            return run_adoption(job, lambda text: self._event("note", text))
+
+        return self.stage("adopt", label, config, data, inputs, do, {"weights": source.digest})
+
     def pretrain(self, config: TrainConfig, *, data: Shards, label: str = "pretrain") -> Artifact:
         return self._train("pretrain", label, config, data, {})
 
@@ -166,12 +177,21 @@ class Run:
         data: Shards,
         inputs: dict[str, Artifact],
         do: Callable[[str], Result],
+        beside: Mapping[str, str] | None = None,
     ) -> Artifact:
-        """One stage by its content key; `do` gets the MLflow run to write to when there is work."""
+        """One stage by its content key; `do` gets the MLflow run to write to when there is work.
+
+        `beside`: digests of inputs that are no artifacts.
+        """
         begin = time.monotonic()
         seen = {name: getattr(self.experiment.data, name) for name in SEEN}
         digests = {name: artifact.digest for name, artifact in inputs.items()}
-        digests |= {"data": data.digest, "seen": digest(seen), "seed": str(self.experiment.seed)}
+        digests |= {
+            **(beside or {}),
+            "data": data.digest,
+            "seen": digest(seen),
+            "seed": str(self.experiment.seed),
+        }
         key = content_key(stage, REVISION[stage], config, digests)
         with self.face.stage(label) as self.line:
             waiting = self.line.note
@@ -299,6 +319,8 @@ def _status(error: type[BaseException] | None) -> str:
 
 def _title(label: str, config: Config) -> str:
     """A name that a person tells runs apart by."""
+    if isinstance(config, AdoptConfig):
+        return f"{label} · {getattr(config.model, 'arch', config.model.name)}"
     if not isinstance(config, TrainConfig):
         return label
     model, optim = config.model, config.optim
@@ -318,21 +340,3 @@ def _figure(metrics: dict[str, float]) -> str:
         if name in metrics:
             return text.format(metrics[name])
     return ""
-
-
-def load(uri: str, tracking: TrackingConfig | None = None) -> Loaded:
-    """A trained model by `runs:/RUN/model`, or by its folder: model, preprocessing, labels."""
-    if not uri.startswith("runs:/"):
-        return _ready(load_model(Path(uri)))
-    run_id, _, path = uri.removeprefix("runs:/").partition("/")
-    folder = Store(tracking or TrackingConfig(), home()).download(run_id, path or "model")
-    if folder is None:
-        raise UserError(
-            f"{uri}: this run has no such artifact; given path {path or 'model'!r}, expected 'model'"
-        )
-    return _ready(load_model(folder))
-
-
-def _ready(loaded: Loaded) -> Loaded:
-    loaded.model.eval()
-    return loaded

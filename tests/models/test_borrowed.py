@@ -13,7 +13,7 @@ from parity import EXACT, compare
 from torch import Tensor, nn
 
 from vitlab.config import UserError, build
-from vitlab.models import Backbone, create_model, load_model, save_model
+from vitlab.models import Backbone, create_model, load_model, load_weights, save_model
 from vitlab.models.borrowed import Borrowed, BorrowedConfig, NormAct
 from vitlab.models.layouts.borrowed import LAYOUTS
 from vitlab.models.norm import BatchNorm2d
@@ -170,12 +170,27 @@ def test_without_memory() -> None:
 
 def test_an_old_densenet_file() -> None:
     model = borrowed("torchvision", "densenet121")
-    state = {
-        "features.denseblock1.denselayer1.norm.1.weight": torch.zeros(64),
-        "aux1.fc.bias": torch.zeros(1),
-    }
-    (name,) = LAYOUTS[0].convert(state, model)
+    (name,) = LAYOUTS[0].convert({"features.denseblock1.denselayer1.norm.1.weight": torch.zeros(64)}, model)
     assert name in model.state_dict()
+
+
+def test_files_of_either_library_load() -> None:
+    """Plain, in an envelope, and with auxiliary classifiers, which the report names."""
+    reference = torchvision.models.googlenet(num_classes=5, init_weights=False, aux_logits=True)
+    model = borrowed("torchvision", "googlenet", side=64)
+    report = load_weights(model, reference.state_dict())
+    assert report.layout == "torchvision or timm"
+    assert {name.partition(".")[0] for name in report.ignored} == {"aux1", "aux2"}
+    assert not report.fresh
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(model.eval()(x), reference.eval()(x))
+    state = theirs("timm", "regnety_002").state_dict()
+    report = load_weights(borrowed("timm", "regnety_002", classes=7), {"model": state}, replace=["head"])
+    assert report.fresh == ("head.weight", "head.bias")
+    with pytest.raises(UserError, match="1 missing"):
+        load_weights(
+            borrowed("timm", "regnety_002"), {n: t for n, t in state.items() if n != "stem.conv.weight"}
+        )
 
 
 # ---------------------------------------------------------------- what is refused

@@ -212,23 +212,40 @@ def _other_channels(net: nn.Module, in_chans: int) -> None:
 
 
 def _from_timm(config: BorrowedConfig, num_classes: int, image_size: Size) -> nn.Module:
-    timm = _timm()
-    known = timm.get_pretrained_cfg(config.arch)
-    more = {"img_size": image_size} if known is not None and known.fixed_input_size else {}
-    given = {"num_classes": num_classes, "in_chans": config.in_chans}
-    net: nn.Module = timm.create_model(config.arch, pretrained=False, **given, **more)
+    net: nn.Module = _timm().create_model(
+        config.arch, num_classes=num_classes, **_of_timm(config, image_size)
+    )
     return net
 
 
-def pretrained(config: BorrowedConfig) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _of_timm(config: BorrowedConfig, image_size: Size) -> dict[str, Any]:
+    known = _timm().get_pretrained_cfg(config.arch)
+    more = {"img_size": image_size} if known is not None and known.fixed_input_size else {}
+    return {"in_chans": config.in_chans, **more}
+
+
+# ---------------------------------------------------------------- the libraries' own weights
+
+
+def published(config: BorrowedConfig) -> str:
+    """What names the weights that `pretrained` would fetch; nothing is fetched for it."""
+    if config.name == "torchvision":
+        from torchvision import models
+
+        return str(models.get_model_weights(config.arch).DEFAULT.url)
+    known = _timm().get_pretrained_cfg(config.arch)
+    if known is None or not known.has_weights:
+        raise UserError(f"weights: given 'hub', but timm has no weights of {config.arch}; give a file")
+    return f"{known.hf_hub_id or known.url}.{known.tag}"
+
+
+def pretrained(config: BorrowedConfig, image_size: Size) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The library's own weights, from the network or its cache, and the `mean` and `std` of their images."""
     try:
         if config.name == "torchvision":
             return _torchvision_weights(config.arch)
-        net = _timm().create_model(config.arch, pretrained=True, in_chans=config.in_chans)
-        return net.state_dict(), {k: list(net.pretrained_cfg[k]) for k in ("mean", "std")}
-    except UserError:
-        raise
+        net = _timm().create_model(config.arch, pretrained=True, **_of_timm(config, image_size))
+        return net.state_dict(), {name: list(net.pretrained_cfg[name]) for name in ("mean", "std")}
     except Exception as error:  # the libraries fail in many ways without a network
         raise UserError(
             f"weights: given 'hub', but {config.name}'s weights of {config.arch} cannot be had: "

@@ -27,7 +27,11 @@ def _name(name: str, classifier: str) -> str:
 
 def _names(state: Mapping[str, Tensor], model: Borrowed) -> dict[str, str]:
     """Theirs → ours."""
-    return {name: _name(name, model.classifier) for name in state if not name.startswith(AUXILIARY)}
+    return {name: _name(name, model.classifier) for name in state}
+
+
+def _leaves(state: Mapping[str, Tensor], model: Backbone) -> list[str]:
+    return [name for name in state if name.startswith(AUXILIARY)]
 
 
 def _fits(state: Mapping[str, Tensor], model: Backbone) -> bool:
@@ -44,4 +48,4 @@ def _convert(state: State, model: Backbone) -> State:
     return {ours: state[theirs] for theirs, ours in _names(state, model).items()}
 
 
-LAYOUTS = (Layout("torchvision or timm", _fits, _convert),)
+LAYOUTS = (Layout("torchvision or timm", _fits, _convert, _leaves),)

@@ -1,0 +1,213 @@
+"""Weights from outside: adopted, hit, used as a teacher and as a start, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+
+import vitlab
+from vitlab import Experiment, Run
+from vitlab.config import UserError
+from vitlab.data import Shards
+from vitlab.face import Face
+from vitlab.jobs import adopting
+from vitlab.models import create_model, load_model, save_model
+
+TINY = Path(__file__).parent / "integration" / "tiny.yaml"
+ALONE = ("cluster.workers=0", "cluster.zero=null", "distill.epochs=1")
+
+
+def regnet(classes: int = 10) -> torch.nn.Module:
+    """torchvision's own; its first convolution sees one channel."""
+    torch.manual_seed(0)
+    net: torch.nn.Module = torchvision.models.regnet_y_400mf(num_classes=classes)
+    net.stem[0] = torch.nn.Conv2d(1, 32, 3, 2, 1, bias=False)
+    return net
+
+
+def saved(path: Path, classes: int = 10) -> Path:
+    torch.save(regnet(classes).state_dict(), path)
+    return path
+
+
+def experiment(weights: object, *more: str, arch: str = "regnet_y_400mf") -> Experiment:
+    model = f"{{name: torchvision, arch: {arch}, in_chans: 1}}"
+    return vitlab.read(TINY, [*ALONE, f"adopt={{model: {model}, weights: '{weights}'}}", *more])
+
+
+class Heard(Face):
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.lines: list[str] = []
+
+    def print(self, text: str = "") -> None:
+        self.lines.append(text)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Path:
+    """A home folder with the digits' shards in it."""
+    home = tmp_path_factory.mktemp("home")
+    shutil.copy(empty_database, home / "mlflow.db")
+    before = os.environ.get("VITLAB_HOME")
+    os.environ["VITLAB_HOME"] = str(home)
+    try:
+        exp = vitlab.read(TINY, ALONE)
+        with Run(exp, face=Face(quiet=True)) as run:
+            run.shards(exp.data)
+    finally:
+        os.environ.pop("VITLAB_HOME")
+        if before is not None:
+            os.environ["VITLAB_HOME"] = before
+    return home
+
+
+@pytest.fixture
+def place(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("VITLAB_HOME", str(prepared))
+    return prepared
+
+
+def adopt(exp: Experiment, face: Face | None = None) -> tuple[Any, str, Shards]:
+    """(artifact, outcome, shards) of one run."""
+    face = face or Face(quiet=True)
+    with Run(exp, face=face) as run:
+        shards = run.shards(exp.data)
+        found = run.adopt(exp.need("adopt"), data=shards)
+        return found, face.rows[-1].outcome, shards
+
+
+# ---------------------------------------------------------------- into the chain
+
+
+def test_a_teacher_from_a_file(place: Path, tmp_path: Path) -> None:
+    file = saved(tmp_path / "teacher.pth")
+    exp = experiment(file)
+    face = Heard()
+    with Run(exp, face=face) as run:
+        shards = run.shards(exp.data)
+        teacher = run.adopt(exp.need("adopt"), data=shards)
+        student = run.distill(exp.need("distill"), data=shards, teacher=teacher)
+        tags = run.store.get(student.run_id).tags
+        (report,) = (f for f in run.store.client.list_artifacts(teacher.run_id) if f.path == "report.txt")
+        run.evaluate(exp.evaluate, data=shards, model=teacher)
+    assert report.file_size
+    assert teacher.uri in tags["vitlab.inputs"]
+    assert any(" tensors loaded (layout: torchvision or timm)" in line for line in face.lines)
+    loaded = load_model(teacher.folder)
+    assert loaded.labels == shards.classes
+    reference = regnet()
+    reference.load_state_dict(torch.load(file))
+    x = torch.randn(3, 1, 8, 8)
+    assert torch.equal(loaded.model.eval()(x), reference.eval()(x))
+
+
+def test_the_digest_of_the_weights_decides(place: Path, tmp_path: Path) -> None:
+    first, outcome, _ = adopt(experiment(saved(tmp_path / "a.pth")))
+    again, second, _ = adopt(experiment((tmp_path / "a.pth").rename(tmp_path / "b.pth")))
+    assert second == "hit", outcome
+    assert again == first
+    state = torch.load(tmp_path / "b.pth")
+    torch.save({**state, "fc.bias": state["fc.bias"] + 1}, tmp_path / "b.pth")
+    other, third, _ = adopt(experiment(tmp_path / "b.pth"))
+    assert third == "ran"
+    assert other.digest != first.digest
+
+
+def test_a_start_from_an_earlier_run(place: Path, tmp_path: Path) -> None:
+    """`runs:/ID/model`; a fresh head; then fine-tuning starts from it."""
+    first, _, _ = adopt(experiment(saved(tmp_path / "a.pth")))
+    model = "{name: torchvision, arch: regnet_y_400mf, in_chans: 1}"
+    more = [f"finetune.model={model}", "finetune.epochs=1", "finetune.optim.warmup_epochs=0", "tune=null"]
+    exp = experiment(first.uri, "adopt.replace=[head]", *more)
+    with Run(exp, face=Face(quiet=True)) as run:
+        shards = run.shards(exp.data)
+        start = run.adopt(exp.need("adopt"), data=shards)
+        assert run.store.get(start.run_id).tags["vitlab.inputs"] == f"weights={first.uri}"
+        run.finetune(exp.need("finetune"), data=shards, init=start)
+    ours, theirs = (load_model(a.folder).model.state_dict() for a in (start, first))
+    same = {name for name in ours if torch.equal(ours[name], theirs[name])}
+    assert ours.keys() - same == {"head.weight"}  # either bias is zero
+
+
+def test_a_model_folder_with_its_images(place: Path, tmp_path: Path) -> None:
+    model = create_model("torchvision", arch="regnet_y_400mf", in_chans=1, num_classes=10, image_size=8)
+    labels = [str(n) for n in range(10)]
+    folder = tmp_path / "model"
+    save_model(model, folder, preprocess={"mean": [0.2], "std": [0.5]}, labels=labels)
+    face = Heard()
+    adopt(experiment(folder), face)
+    assert any("images of mean [0.2]; give data.mean the same" in line for line in face.lines)
+    (folder / "labels.json").write_text(json.dumps(labels[::-1]))
+    with pytest.raises(
+        UserError, match=r"these know 10 classes \(9, 8, 7 …\), the shards have 10 \(0, 1, 2 …\)"
+    ):
+        adopt(experiment(folder))
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def test_another_number_of_classes(place: Path, tmp_path: Path) -> None:
+    file = saved(tmp_path / "thousand.pth", classes=1000)
+    with pytest.raises(
+        UserError, match=r"not one for the 10 classes of the shards; give adopt.replace=\[head\]"
+    ):
+        adopt(experiment(file))
+    assert adopt(experiment(file, "adopt.replace=[head]"))[1] == "ran"
+
+
+def test_weights_that_do_not_fit(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"adopt\.weights: .*not the names of a Borrowed|do not fit") as error:
+        adopt(experiment(saved(tmp_path / "a.pth"), arch="resnet18"))
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=r"adopt\.weights: given .*/none\.pth; no such file or folder"):
+        adopt(experiment(tmp_path / "none.pth"))
+
+
+def test_without_a_network(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("Network is unreachable\nand more")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", offline)
+    line = "but torchvision's weights of regnet_y_400mf cannot be had: Network is unreachable; give a file"
+    with pytest.raises(UserError, match=line):
+        adopt(experiment("hub"))
+
+
+def test_the_hub_names_its_weights(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = torch.load(saved(tmp_path / "a.pth"))
+    known = {"mean": [0.485], "std": [0.229]}
+    monkeypatch.setattr(adopting, "pretrained", lambda config, size: (state, known))
+    exp, face = experiment("hub"), Heard()
+    with Run(exp, face=face) as run:
+        found = run.adopt(exp.need("adopt"), data=run.shards(exp.data))
+        assert "regnet_y_400mf-" in adopting.published(exp.need("adopt").model)
+        assert run.store.get(found.run_id).status == "FINISHED"
+    assert any("images of std [0.229]" in line for line in face.lines)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("adopt.weights=", "adopt.weights"),
+        ("adopt.model.in_chans=3", "adopt.model.in_chans: given 3; the images have data.channels=1"),
+        ("adopt.model={name: vit_tiny, in_chans: 1}", "adopt.model: data.image_size 8 is not divisible"),
+        ("adopt.more=1", "adopt.more"),
+    ],
+)
+def test_refused_at_once(override: str, line: str) -> None:
+    with pytest.raises(UserError) as error:
+        experiment("hub", override)
+    assert line in str(error.value)
+    with pytest.raises(UserError, match="given 'hub', which models of torchvision and timm have"):
+        experiment("hub", "adopt.model={name: vit_tiny, patch_size: 4, in_chans: 1}")
