@@ -54,19 +54,26 @@ class Tokenizer(nn.Module):
 
 
 class QKV(nn.Linear):
-    """Queries, keys and values by one matrix without bias."""
+    """Queries, keys and values of `num_heads` heads by one matrix without bias."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__(dim, 3 * dim, bias=False)
+        self.num_heads = num_heads
 
     def forward(  # type: ignore[override]
         self,
         input: Tensor,  # noqa: A002  (the name nn.Linear gives it)
         first: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """B T D → queries B Q D, keys beside values B T 2·D; `first`: the first token's query alone."""
-        dim = self.in_features
+    ) -> tuple[Tensor, ...]:
+        """B T D → queries B H Q D/H, keys and values B H T D/H; `first`: the first token's query alone."""
         if not first:
-            whole = F.linear(input, self.weight)
-            return whole[..., :dim], whole[..., dim:]
-        return F.linear(input[:, :1], self.weight[:dim]), F.linear(input, self.weight[dim:])
+            return self._heads(F.linear(input, self.weight), 3)
+        query, others = self.weight.split([self.in_features, 2 * self.in_features])  # type: ignore[no-untyped-call]
+        return self._heads(F.linear(input[:, :1], query), 1) + self._heads(F.linear(input, others), 2)
+
+    def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        split = x.view(*x.shape[:2], parts, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        return tuple(split.unbind(0))
 
 
 class Attention(nn.Module):
@@ -76,8 +83,7 @@ class Attention(nn.Module):
         self, dim: int, num_heads: int, name: str, dropout: float = 0.0, attention_dropout: float = 0.0
     ) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.qkv = QKV(dim, 3 * dim, bias=False)
+        self.qkv = QKV(dim, num_heads)
         self.attn_drop = SampleDrop(attention_dropout, f"dropout/{name}/probabilities")
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = SampleDrop(dropout, f"dropout/{name}/attn")
@@ -86,9 +92,7 @@ class Attention(nn.Module):
         self, x: Tensor, seeds: Tensor | None, shown: bool, first: bool
     ) -> tuple[Tensor, Tensor | None]:
         """B T D → B Q D, and the probabilities, B H Q T, if they are to be shown."""
-        query, rest = self.qkv(x, first)
-        q = query.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # B H Q D/H
-        k, v = rest.unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # B H T D/H each
+        q, k, v = self.qkv(x, first)
         found: Tensor | None = None
         if shown or (self.training and self.attn_drop.rate > 0):
             found = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from vitlab.models.borrowed import Borrowed
+from vitlab.models.compact import Compact
 from vitlab.models.cvt import CvT
 from vitlab.models.features import Backbone
-from vitlab.models.layouts import borrowed, cvt, swin, vit
+from vitlab.models.layouts import borrowed, compact, cvt, swin, vit
 from vitlab.models.layouts.base import Layout
 from vitlab.models.swin import Swin
 from vitlab.models.vit import ViT
@@ -15,6 +16,7 @@ LAYOUTS: dict[type[Backbone], tuple[Layout, ...]] = {
     CvT: cvt.LAYOUTS,
     Borrowed: borrowed.LAYOUTS,
     Swin: swin.LAYOUTS,
+    Compact: compact.LAYOUTS,
 }
 
 __all__ = ["LAYOUTS", "Layout"]
