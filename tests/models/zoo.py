@@ -21,6 +21,7 @@ SMALL: dict[str, Small] = {
     "deit_tiny": Small(16, PLAIN),
     "cvt_13": Small(32, {"embed_dims": [8, 16, 16], "num_heads": [1, 2, 2], "depths": [1, 1, 2]}),
     "torchvision": Small(32, {"arch": "resnet18"}),
+    "coatnet_0": Small(32, {"stem_width": 8, "dims": [8, 16, 32, 32], "depths": [1, 1, 1, 1]}),
 }
 
 

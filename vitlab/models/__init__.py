@@ -1,5 +1,6 @@
 """Models by name: configs, presets, how one is built, and its weights in and out."""
 
+from vitlab.models.coatnet import CoAtNet, CoAtNetConfig
 from vitlab.models.compact import Compact, CompactConfig
 from vitlab.models.cvt import CvT, CvTConfig
 from vitlab.models.families import FAMILIES, MODELS, ModelConfig, create_model, from_config
@@ -14,6 +15,8 @@ __all__ = [
     "MODELS",
     "Backbone",
     "BackboneConfig",
+    "CoAtNet",
+    "CoAtNetConfig",
     "Compact",
     "CompactConfig",
     "CvT",

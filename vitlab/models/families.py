@@ -8,6 +8,7 @@ from pydantic import Field
 
 from vitlab.config import UserError, build, nearest
 from vitlab.models.borrowed import Borrowed, BorrowedConfig
+from vitlab.models.coatnet import CoAtNet, CoAtNetConfig
 from vitlab.models.compact import Compact, CompactConfig
 from vitlab.models.cvt import CvT, CvTConfig
 from vitlab.models.features import Backbone, BackboneConfig, Size
@@ -20,9 +21,11 @@ FAMILIES: dict[type[BackboneConfig], type[Backbone]] = {
     CompactConfig: Compact,
     SwinConfig: Swin,
     CvTConfig: CvT,
+    CoAtNetConfig: CoAtNet,
 }
 ModelConfig = Annotated[
-    ViTConfig | BorrowedConfig | CompactConfig | SwinConfig | CvTConfig, Field(discriminator="name")
+    ViTConfig | BorrowedConfig | CompactConfig | SwinConfig | CvTConfig | CoAtNetConfig,
+    Field(discriminator="name"),
 ]
 MODELS = {name: config for config in FAMILIES for name in config.presets}
 

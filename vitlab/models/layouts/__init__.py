@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from vitlab.models.borrowed import Borrowed
+from vitlab.models.coatnet import CoAtNet
 from vitlab.models.compact import Compact
 from vitlab.models.cvt import CvT
 from vitlab.models.features import Backbone
-from vitlab.models.layouts import borrowed, compact, cvt, swin, vit
+from vitlab.models.layouts import borrowed, coatnet, compact, cvt, swin, vit
 from vitlab.models.layouts.base import Layout
 from vitlab.models.swin import Swin
 from vitlab.models.vit import ViT
@@ -17,6 +18,7 @@ LAYOUTS: dict[type[Backbone], tuple[Layout, ...]] = {
     Borrowed: borrowed.LAYOUTS,
     Swin: swin.LAYOUTS,
     Compact: compact.LAYOUTS,
+    CoAtNet: coatnet.LAYOUTS,
 }
 
 __all__ = ["LAYOUTS", "Layout"]
