@@ -222,7 +222,7 @@ def test_layers_are_placed() -> None:
     assert plain(same)
     assert not plain(place_all([(1, 3, 168, 168), (1, 3, 42, 42)], grids, size, 0))
     assert not plain(place_all([(1, 42, 3, 4, 4)], grids, size, 0))
-    with pytest.raises(UserError, match=r"evaluate\.attention: .* layer 2 is 3×168×42, .* allowed .*: 0"):
+    with pytest.raises(UserError, match=r"evaluate\.attention: .* layer 2 is 3×168×42 .* allowed .*: 0"):
         place_all([(1, 3, 168, 168), (1, 3, 168, 42)], grids, size, 0)
 
 
@@ -303,7 +303,7 @@ def test_stages_have_distances_but_no_rollout() -> None:
 
 def test_models_without_maps_are_refused() -> None:
     fewer = Staged(windows=False, keys=4)
-    with pytest.raises(UserError, match=r"attention of layer 1 is 3×16×4, .*allowed for this model: 0"):
+    with pytest.raises(UserError, match=r"attention of layer 1 is 3×16×4 .*allowed for this model: 0"):
         layers_of(fewer, fewer)
     fewer.gives = frozenset({"logits"})
     with pytest.raises(
@@ -331,10 +331,11 @@ def test_an_overlay_is_brightest_where_the_map_is_strongest() -> None:
 def test_maps_are_drawn(count: int, heads: int, channels: int, tmp_path: Path) -> None:
     images, names = torch.rand(count, channels, 8, 8), [f"class {i}" for i in range(count)]
     figure = heads_figure(images, torch.rand(count, heads, 2, 2), names, "title")
-    rows, columns = min(count, 8), min(heads, 16) + 1
+    rows, columns = min(count, 8), min(heads, 12) + 1
     assert len(figure.axes) == rows * columns + 1
     assert [axes.get_ylabel() for axes in figure.axes[:-1:columns]] == names[:8]
     assert [axes.get_title() for axes in figure.axes[:2]] == ["image", "head 1"]
+    assert figure.get_suptitle() == ("title" if heads <= 12 else "title · 12 of 18 heads")
     save_figure(figure, tmp_path / "heads.png")
     figure = rollout_figure(images, torch.rand(count, 2, 2), names, "title")
     assert len(figure.axes) == rows * 2 + 1

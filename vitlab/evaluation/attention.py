@@ -171,8 +171,8 @@ def place_all(
         if layer is None:
             given = "×".join(str(side) for side in shape[1:])
             raise UserError(
-                f"evaluate.attention: attention of layer {number} is {given}, not from each patch of a grid "
-                "to each, which pictures need; allowed for this model: 0"
+                f"evaluate.attention: attention of layer {number} is {given} (heads, queries, keys), not "
+                "from each patch of a grid to each, which pictures need; allowed for this model: 0"
             )
     return [layer for layer in layers if layer is not None]
 

@@ -24,10 +24,11 @@ from vitlab.models.features import Size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
 MOST = 8  # images of a picture
-HEADS = 16  # heads of a picture
+HEADS = 12  # heads of a picture
 DIM = 0.6  # the grey image's brightness
 ORANGE, GREY = "#b35900", "#666666"
 
@@ -46,7 +47,8 @@ def heads_figure(images: Tensor, maps: Tensor, captions: list[str], title: str) 
         for head in range(heads):
             axes = _panel(figure.add_subplot(grid[row, head + 1]), overlay(images[row], maps[row, head]))
             axes.set_title(f"head {head + 1}" if row == 0 else "", fontsize=9)
-    figure.suptitle(title, fontsize=10)
+    some = f" · {heads} of {maps.shape[1]} heads" if heads < maps.shape[1] else ""
+    figure.suptitle(title + some, fontsize=10)
     _scale(figure)
     return figure
 
@@ -90,7 +92,7 @@ def distance_figure(distances: list[Tensor], image_size: Size, title: str) -> Fi
     axes.set_ylim(0, 1.08 * highest)
     axes.set_xlim(0.5, len(distances) + 0.5)
     axes.set_xticks(range(1, len(distances) + 1))
-    axes.set_xlabel("layer")
+    axes.set_xlabel("attention layer")
     axes.set_ylabel("mean attention distance (pixels)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
@@ -116,14 +118,21 @@ def attention_table(found: Look) -> str:
 
 def overlay(image: Tensor, heat: Tensor) -> Tensor:
     """C height width in 0..1 and h w ≥ 0 → height width 3: the map's colours over the grey image."""
-    from matplotlib import colormaps
-
     strength = heat.float() / heat.max().clamp(min=torch.finfo(torch.float32).tiny)
     strength = F.interpolate(strength[None, None], size=image.shape[1:], mode="nearest-exact")[0, 0]
-    colours = torch.from_numpy(colormaps["inferno"](strength.numpy())[..., :3]).float()
+    colours = torch.from_numpy(_palette()(strength.numpy())[..., :3]).float()
     grey = _colours(image).float().mean(-1, keepdim=True)
     cover = 0.9 * strength.sqrt()[..., None]
     return (1 - cover) * DIM * grey + cover * colours
+
+
+def _palette() -> Colormap:
+    """Inferno without its black end, which would look like a dark place of the image."""
+    import numpy as np
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+
+    return ListedColormap(colormaps["inferno"](np.linspace(0.2, 1, 256)))
 
 
 def _colours(image: Tensor) -> Tensor:
@@ -158,7 +167,7 @@ def _scale(figure: Figure) -> None:
     """What the colours mean."""
     from matplotlib.cm import ScalarMappable
 
-    drawn = ScalarMappable(cmap="inferno")
+    drawn = ScalarMappable(cmap=_palette())
     drawn.set_clim(0, 1)
     bar = figure.colorbar(drawn, ax=figure.axes, fraction=0.02, pad=0.01, aspect=25, ticks=[0, 1])
     bar.ax.set_yticklabels(["none", "most"], fontsize=8)

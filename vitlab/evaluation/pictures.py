@@ -57,7 +57,7 @@ def confusion_figure(tally: Tally, labels: list[str], title: str) -> Figure:
         color = "white" if share[i, j] > 0.3 else BLUE
         axes.text(j, i, str(int(counts[i, j])), ha="center", va="center", fontsize=8, color=color)
     named = range(0, count, 1 if numbered else max(1, round(count / 40)))
-    names = [_shortened(labels[i]) for i in named]
+    names = [shortened(labels[i]) for i in named]
     turned = 90 if max(map(len, names)) * 0.08 > side / len(names) else 0  # an inch holds 12 letters
     axes.set_xticks(named, names, rotation=turned, fontsize=8 if numbered else 7)
     axes.set_yticks(named, names, fontsize=8 if numbered else 7)
@@ -98,7 +98,7 @@ def _hatch(axes: Axes, hidden: Tensor) -> None:
     axes.imshow(tint.numpy(), interpolation="nearest")
 
 
-def _shortened(label: str) -> str:
+def shortened(label: str) -> str:
     return label if len(label) <= 18 else label[:17] + "…"
 
 

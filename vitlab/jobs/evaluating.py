@@ -36,6 +36,7 @@ from vitlab.evaluation.attention_pictures import (
     heads_figure,
     rollout_figure,
 )
+from vitlab.evaluation.pictures import shortened
 from vitlab.jobs.place import Place, mover, preprocess
 from vitlab.models import Backbone, load_model
 
@@ -126,9 +127,8 @@ def _attention(
 
 def _caption(classes: list[str], label: int, answer: int) -> str:
     """The true class, and beneath it what the model took it for where that is another."""
-    if label < 0:
-        return f"no label\ntaken for {classes[answer]}"
-    return classes[label] if label == answer else f"{classes[label]}\ntaken for {classes[answer]}"
+    true = "no label" if label < 0 else shortened(classes[label])
+    return true if label == answer else f"{true}\ntaken for {shortened(classes[answer])}"
 
 
 def _fits(job: EvaluateJob, shards: Shards, given: dict[str, Any], labels: list[str]) -> None:
