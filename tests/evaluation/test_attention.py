@@ -344,11 +344,14 @@ def test_maps_are_drawn(count: int, heads: int, channels: int, tmp_path: Path) -
 
 @pytest.mark.parametrize(("side", "dashed"), [(8, 0), (32, 1), (96, 2), (224, 3)])
 def test_distances_are_drawn(side: int, dashed: int, tmp_path: Path) -> None:
-    figure = distance_figure([torch.tensor([1.0, 2.0]), torch.tensor([3.0])], (side, side), "title")
+    heads = [torch.tensor([1.0, 2.0]), torch.tensor([3.0])]
+    figure = distance_figure(heads, (side / 4, side / 4), (side, side), "title")
     axes = figure.axes[0]
     dots = [dots.get_offsets().tolist() for dots in axes.collections]
     assert dots == [[[1, 1], [1, 2]], [[2, 3]]]
     assert [line.get_linestyle() for line in axes.lines] == [":"] + ["--"] * dashed
+    even = mean_distance(torch.full((1, 1, 16, 16), 1 / 16), (4, 4), side / 4).item()
+    assert axes.lines[0].get_ydata()[0] == pytest.approx(even), "an even head lies on the dotted line"
     save_figure(figure, tmp_path / "distance.png")
 
 

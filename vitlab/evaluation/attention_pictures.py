@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitlab.evaluation.attention import Look, even_look, resnet_fields
+from vitlab.evaluation.attention import Look, Sides, even_look, mean_distance, resnet_fields
 from vitlab.evaluation.pictures import BLUE, blank_figure
 from vitlab.models.features import Size
 
@@ -70,16 +70,19 @@ def rollout_figure(images: Tensor, maps: Tensor, captions: list[str], title: str
     return figure
 
 
-def distance_figure(distances: list[Tensor], image_size: Size, title: str) -> Figure:
+def distance_figure(distances: list[Tensor], patch: Sides, image_size: Size, title: str) -> Figure:
     """One dot a head; lines for even looks: at the whole image, and at a CNN's receptive fields within it.
 
-    A field that is all but the whole image has no line of its own.
+    The whole image is that of the first layer's patches (`patch`, in pixels), so that a head whose look is
+    even lies on the line. A field that is all but the whole image has no line of its own.
     """
     figure = blank_figure(6.4, 4.0)
     axes = figure.add_subplot()
     for number, layer in enumerate(distances, 1):
         axes.scatter([number] * len(layer), layer.tolist(), s=30, color=BLUE, alpha=0.75, linewidths=0)
-    everything = even_look(math.inf, image_size)
+    grid = round(image_size[0] / patch[0]), round(image_size[1] / patch[1])
+    even = torch.full((1, 1, *[math.prod(grid)] * 2), 1 / math.prod(grid))
+    everything = float(mean_distance(even, grid, patch))
     fields = {
         f"ResNet-50, stage {stage}: {field} px": field for stage, field in enumerate(resnet_fields(), 1)
     }

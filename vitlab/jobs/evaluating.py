@@ -119,7 +119,7 @@ def _attention(
         title = of.format(f"attention rollout ({found.reader})")
         save_figure(rollout_figure(images, found.rollout, names, title), pictures / "rollout.png")
     title = f"{job.title} · {backbone.config.name} · how far each head looks · mean of {count} images"
-    figure = distance_figure(found.distances, backbone.image_size, title)
+    figure = distance_figure(found.distances, found.layers[0].patch, backbone.image_size, title)
     save_figure(figure, pictures / "attention_distance.png")
     (folder / "report/attention.csv").write_text(attention_table(found), "utf8")
     return found
