@@ -21,7 +21,15 @@ from vitlab.engine.optim import OptimConfig
 from vitlab.evaluation import EvaluateConfig
 from vitlab.experiment import AdoptConfig, Between, Experiment, TrainConfig, TuneConfig
 from vitlab.methods import DistillConfig, MAEConfig, SupervisedConfig
-from vitlab.models import ViTConfig
+from vitlab.models import (
+    BackboneConfig,
+    BorrowedConfig,
+    CoAtNetConfig,
+    CompactConfig,
+    CvTConfig,
+    SwinConfig,
+    ViTConfig,
+)
 from vitlab.models.borrowed import BorrowedConfig
 from vitlab.stages import SEEN
 from vitlab.tracking import TrackingConfig
@@ -41,7 +49,11 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "`tracking`": TrackingConfig,
     "`adopt`": AdoptConfig,
     "`pretrain`, `finetune`, `distill`": TrainConfig,
-    "`model`": ViTConfig,
+    "`model`: ViT and DeiT": ViTConfig,
+    "`model`: Swin": SwinConfig,
+    "`model`: CvT": CvTConfig,
+    "`model`: CoAtNet": CoAtNetConfig,
+    "`model`: compact transformers": CompactConfig,
     "`model`: torchvision and timm": BorrowedConfig,
     "`method: {name: supervised}`": SupervisedConfig,
     "`method: {name: mae}`": MAEConfig,
@@ -52,7 +64,12 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "`tune`": TuneConfig,
     "A range of `tune.space`": Between,
 }
-PRESET = ("patch_size", "embed_dim", "depth", "num_heads")
+
+
+def preset(schema: type[BaseModel]) -> set[str]:
+    """Keys that a model's name gives."""
+    presets = schema.presets.values() if issubclass(schema, BackboneConfig) else ()
+    return {key for sizes in presets for key in sizes}
 
 
 def rows(title: str) -> dict[str, tuple[str, str]]:
@@ -75,7 +92,7 @@ def test_every_key_is_documented(title: str) -> None:
     for name, field in schema.model_fields.items():
         default = table[name][0]
         if field.is_required():
-            assert default == ("preset" if name in PRESET else "-"), name
+            assert default == ("preset" if name in preset(schema) else "-"), name
         else:
             assert yaml.safe_load(default) == written(field.default) or float(default) == field.default, name
 
@@ -141,7 +158,7 @@ def test_make_targets_are_there() -> None:
     assert {"demo", "test"} <= used <= targets
 
 
-@pytest.mark.parametrize("command", ["shards", "run", "ui"])
+@pytest.mark.parametrize("command", ["shards", "run", "models", "ui"])
 def test_commands_have_help(command: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "vitlab.cli", command, "--help"], capture_output=True, text=True, check=False

@@ -1,8 +1,10 @@
 """Models by name: configs, presets, how one is built, and its weights in and out."""
 
+from vitlab.models.borrowed import Borrowed, BorrowedConfig
 from vitlab.models.coatnet import CoAtNet, CoAtNetConfig
 from vitlab.models.compact import Compact, CompactConfig
 from vitlab.models.cvt import CvT, CvTConfig
+from vitlab.models.export import Written, export_model, export_onnx, export_timm
 from vitlab.models.families import FAMILIES, MODELS, ModelConfig, create_model, from_config
 from vitlab.models.features import Backbone, BackboneConfig, Features
 from vitlab.models.load import load_weights
@@ -15,6 +17,8 @@ __all__ = [
     "MODELS",
     "Backbone",
     "BackboneConfig",
+    "Borrowed",
+    "BorrowedConfig",
     "CoAtNet",
     "CoAtNetConfig",
     "Compact",
@@ -29,7 +33,11 @@ __all__ = [
     "SwinConfig",
     "ViT",
     "ViTConfig",
+    "Written",
     "create_model",
+    "export_model",
+    "export_onnx",
+    "export_timm",
     "from_config",
     "load_model",
     "load_state",
