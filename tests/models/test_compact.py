@@ -15,7 +15,7 @@ from vit_pytorch import cct
 
 from vitlab.batch import uniform
 from vitlab.config import UserError, build, resolved
-from vitlab.models import MODELS, create_model, load_model, load_state, save_model
+from vitlab.models import MODELS, create_model, load_model, load_state, load_weights, save_model
 from vitlab.models.compact import PRESETS, Compact, CompactConfig, Name
 from vitlab.models.compact_layers import along
 from vitlab.models.layers import SampleDrop
@@ -279,7 +279,7 @@ def test_features(name: str) -> None:
 
 
 def test_of_the_last_block_only_what_is_read() -> None:
-    """A tenth of the work of two blocks' is gone; gradients are those of the whole way."""
+    """With a class token, less work; gradients are those of the whole way."""
     model = small("vit_lite_6_4").double()
     redraw(model)
     x = images(3, 16, torch.float64)
@@ -353,12 +353,18 @@ def test_grids() -> None:
             config.grid((64, smallest - 1))
 
 
-def test_layout_and_folder(tmp_path: Any) -> None:
+def test_weights_and_folder(tmp_path: Any) -> None:
     model, reference = pair("cct_6_3x2")
-    (layout,) = LAYOUTS
-    assert layout.fits(reference.state_dict(), model)
-    assert not layout.fits({"blocks.0.attn.qkv.weight": torch.zeros(1)}, model)
-    load_state(model, layout.convert(dict(reference.state_dict()), model))
+    state = {f"module.{name}": value for name, value in reference.state_dict().items()}
+    report = load_weights(small(), {"state_dict": state})
+    assert (report.layout, report.fresh, report.resized) == ("SHI-Labs/Compact-Transformers", (), ())
+    wide = small(side=32)
+    (resized,) = load_weights(wide, reference.state_dict()).resized
+    assert resized.name == "classifier.positional_emb"
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(wide(x), model(x), rtol=1e-4, atol=1e-5)
+    load_weights(small(positions="sincos", side=32), reference.state_dict())
+    assert not LAYOUTS[0].fits({"blocks.0.attn.qkv.weight": torch.zeros(1)}, model)
     save_model(model, tmp_path, preprocess={}, labels=[])
     x = images(2, 16, torch.float32)
     assert torch.equal(load_model(tmp_path).model(x), model(x))
