@@ -108,6 +108,21 @@ def main() -> None:
     run.add_argument("arguments", nargs=argparse.REMAINDER, help="[experiment.yaml] [key=value …]")
     run.set_defaults(action=_run)
 
+    export = commands.add_parser(
+        "export",
+        help="write a trained model for other tools",
+        epilog="example: vitlab export runs:/RUN/model model.onnx --format onnx",
+    )
+    export.add_argument("model", help="a model folder, or runs:/RUN/model")
+    export.add_argument("dest", type=Path, help="the file to write")
+    export.add_argument(
+        "--format",
+        choices=["onnx", "timm", "safetensors"],
+        required=True,
+        help="onnx: images to logits; timm: tensors under timm's names; safetensors: under vitlab's",
+    )
+    export.set_defaults(action=_export)
+
     ui = commands.add_parser(
         "ui", help="open the MLflow UI on this machine", epilog="example: vitlab ui --port 5001"
     )
@@ -177,6 +192,16 @@ def _bench(given: argparse.Namespace) -> None:
     print_rows(f"bench step · {options.precision} · batch {options.batch} · {options.threads} threads", rows)
     if given.json is not None:
         write_json(given.json, "step", rows, device(0))
+
+
+def _export(given: argparse.Namespace) -> None:
+    from vitlab.face import Face
+    from vitlab.jobs.fetching import load
+    from vitlab.models import export_model
+
+    written = export_model(load(given.model).model, given.dest, given.format)
+    check = f"largest difference from the model {written.difference:.1e}" if written.difference else "equal"
+    Face().print(f"{written.path}: {written.bytes / 1000:,.0f} kB, read back: {check}")
 
 
 def _ui(given: argparse.Namespace) -> None:

@@ -20,6 +20,11 @@ SMALL: dict[str, Small] = {
     "vit_tiny": Small(16, PLAIN),
     "deit_tiny": Small(16, PLAIN),
     "cvt_13": Small(32, {"embed_dims": [8, 16, 16], "num_heads": [1, 2, 2], "depths": [1, 1, 2]}),
+    "swin_tiny": Small(
+        32, {"patch_size": 2, "embed_dim": 8, "depths": [2, 1, 2], "num_heads": [1, 2, 4], "window_size": 4}
+    ),
+    "cct_6_3x2": Small(16, {"embed_dim": 24, "depth": 2, "num_heads": 3, "mlp_ratio": 1.5}),
+    "vit_lite_6_4": Small(16, {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}),
     "torchvision": Small(32, {"arch": "resnet18"}),
     "coatnet_0": Small(32, {"stem_width": 8, "dims": [8, 16, 32, 32], "depths": [1, 1, 1, 1]}),
 }

@@ -162,7 +162,7 @@ class CoAtNet(Backbone):
         if "tokens" in want:
             found["tokens"] = self.head.norm(x.flatten(2).transpose(1, 2))
         if "prefix" in want:
-            found["prefix"] = x.new_zeros(len(x), 0, x.shape[1])
+            found["prefix"] = x.new_zeros(x.shape[0], 0, x.shape[1])
         return Features(**{name: found[name] for name in want})
 
     def resized(self, name: str, value: Tensor) -> Tensor | None:

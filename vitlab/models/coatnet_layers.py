@@ -183,7 +183,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, show: bool = False) -> tuple[Tensor, Tensor | None]:
         """B C Y X → B D Y X and, to show, the attention B H N N, which is then computed openly."""
         grid = x.shape[2], x.shape[3]
-        qkv = self.qkv(x).permute(0, 2, 3, 1).reshape(len(x), math.prod(grid), self.heads, 3, HEAD_WIDTH)
+        qkv = self.qkv(x).permute(0, 2, 3, 1).reshape(x.shape[0], math.prod(grid), self.heads, 3, HEAD_WIDTH)
         q, k, v = qkv.permute(3, 0, 2, 1, 4)  # B H N 32 each
         bias = None if self.rel_pos is None else self.rel_pos(grid).to(q.dtype)
         maps = None
@@ -194,7 +194,7 @@ class Attention(nn.Module):
         else:
             mask = None if bias is None else bias.expand(-1, math.prod(grid), -1)[None]
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        joined = out.transpose(1, 2).reshape(len(x), *grid, -1).permute(0, 3, 1, 2)
+        joined = out.transpose(1, 2).reshape(x.shape[0], *grid, -1).permute(0, 3, 1, 2)
         return self.proj(joined), maps
 
 

@@ -146,7 +146,7 @@ class Stage(nn.Module):
         """B C height width, and the grid it will have → B T D, or B F D of the `first` tokens alone."""
         x: Tensor = self.patch_embed(image)
         if self.prefix:
-            x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+            x = torch.cat([self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
         if self.learned:
             lead, places = self.pos_embed[:, : self.prefix], self.pos_embed[:, self.prefix :]
             x = x + torch.cat([lead, resample(places, self.grid, grid)], dim=1)

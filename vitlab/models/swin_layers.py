@@ -45,7 +45,7 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor, enter: Move) -> Tensor:
         """B N D → B N/4 2D."""
-        fours = move(x, enter).view(len(x), -1, 4 * x.shape[-1])
+        fours = move(x, enter).view(x.shape[0], -1, 4 * x.shape[-1])
         out: Tensor = self.reduction(self.norm(fours))
         return out
 
@@ -82,7 +82,7 @@ class WindowAttention(nn.Module):
 
     def _attend(self, qkv: Tensor, bias: Tensor, maps: list[Tensor] | None) -> Tensor:
         """B M 3D → B M D."""
-        b, t, h = len(qkv), bias.shape[-1], self.num_heads
+        b, t, h = qkv.shape[0], bias.shape[-1], self.num_heads
         q, k, v = qkv.view(b, -1, t, 3, h, qkv.shape[-1] // (3 * h)).permute(3, 0, 1, 4, 2, 5)  # B W H T D/H
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias
         attention = scores.softmax(-1)

@@ -171,12 +171,12 @@ class ViT(Backbone):
             patches = torch.where(mask[..., None], self.mask_token.to(patches.dtype), patches)
         places = resample(self.pos_embed[:, self.prefix :], self.grid, grid)
         if keep is not None:
-            places = pick(places.expand(len(images), -1, -1), keep)
+            places = pick(places.expand(images.shape[0], -1, -1), keep)
         tokens: list[Tensor] = (
             [self.cls_token, self.dist_token] if self.config.distilled else [self.cls_token]
         )
         prefix = torch.cat(tokens, dim=1) + self.pos_embed[:, : self.prefix]
-        return torch.cat([prefix.expand(len(images), -1, -1), patches + places], dim=1)
+        return torch.cat([prefix.expand(images.shape[0], -1, -1), patches + places], dim=1)
 
     def _read(
         self, x: Tensor, want: frozenset[str], maps: list[Tensor] | None, grid: Size
