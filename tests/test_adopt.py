@@ -207,7 +207,7 @@ def test_the_hub_names_its_weights(place: Path, tmp_path: Path, monkeypatch: pyt
 )
 def test_refused_at_once(override: str, line: str) -> None:
     with pytest.raises(UserError) as error:
-        experiment("hub", override)
+        experiment("weights.pth", override)
     assert line in str(error.value)
     with pytest.raises(UserError, match="given 'hub', which models of torchvision and timm have"):
         experiment("hub", "adopt.model={name: vit_tiny, patch_size: 4, in_chans: 1}")

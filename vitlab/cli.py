@@ -7,6 +7,7 @@ Exit codes: 0 done; 1 failed while running; 2 the experiment asks for what canno
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import runpy
 import sys
@@ -123,6 +124,12 @@ def main() -> None:
     )
     export.set_defaults(action=_export)
 
+    models = commands.add_parser(
+        "models", help="list the models and their cost", epilog="example: vitlab models --json models.json"
+    )
+    models.add_argument("--json", type=Path, metavar="FILE", help="write the list there too")
+    models.set_defaults(action=_models)
+
     ui = commands.add_parser(
         "ui", help="open the MLflow UI on this machine", epilog="example: vitlab ui --port 5001"
     )
@@ -202,6 +209,23 @@ def _export(given: argparse.Namespace) -> None:
     written = export_model(load(given.model).model, given.dest, given.format)
     check = f"largest difference from the model {written.difference:.1e}" if written.difference else "equal"
     Face().print(f"{written.path}: {written.bytes / 1000:,.0f} kB, read back: {check}")
+
+
+def _models(given: argparse.Namespace) -> None:
+    from vitlab.face import Face
+    from vitlab.models.cost import costs
+
+    face, rows = Face(), list(costs())
+    if given.json is not None:
+        text = json.dumps([row._asdict() for row in rows], indent=2)
+        given.json.write_text(text + "\n", "utf8")
+    face.listing(
+        ("name", "family", "parameters", "GFLOPs", "image size"),
+        [(r.name, r.family, f"{r.params / 1e6:.2f} M", f"{r.gflops:.2f}", str(r.image_size)) for r in rows],
+        left=2,
+    )
+    face.print("GFLOPs: 1e9 multiply-adds of one image forward; 10 classes at image size 32, else 1000")
+    face.print("torchvision, timm: any classifier by its name there, as {name: timm, arch: regnety_160}")
 
 
 def _ui(given: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ On a terminal the line moves; elsewhere (a log, a Ray job) a new line is printed
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -138,6 +138,15 @@ class Face:
         for row in self.rows:
             table.add_row(row.stage, row.outcome, f"{row.seconds:.1f}", row.figure, row.run_id[:8])
         self.console.print()
+        self.console.print(table)
+
+    def listing(self, columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> None:
+        """Rows below each other as they come; the first `left` columns are words, the others numbers."""
+        table = Table(pad_edge=False, box=SIMPLE_HEAD)
+        for i, name in enumerate(columns):
+            table.add_column(name, justify="left" if i < left else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))
         self.console.print(table)
 
     def problem(self, text: str) -> None:
