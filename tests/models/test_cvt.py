@@ -12,7 +12,7 @@ from transformers import CvtConfig, CvtForImageClassification
 from transformers.activations import QuickGELUActivation
 
 from vitlab.config import UserError, build, resolved
-from vitlab.models import MODELS, load_state
+from vitlab.models import MODELS, load_state, load_weights
 from vitlab.models.cvt import PRESETS, CvT, CvTConfig, Name
 from vitlab.models.layers import SampleDrop
 from vitlab.models.layouts.cvt import LAYOUTS
@@ -171,10 +171,15 @@ def test_hugging_face_and_back() -> None:
     back = {names[name]: value for name, value in model.state_dict().items()}
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], value) for name, value in state.items())
-    report = load_state(
-        small(3), renamed(reference.cvt.state_dict(), model), replace=["norm", "head"]
-    )  # of CvtModel
+
+
+def test_the_model_without_a_head_loads_too() -> None:
+    reference, model = hugging_face(), small(3)
+    report = load_weights(model, reference.cvt.state_dict(), replace=["norm", "head"])
+    assert report.layout == "Hugging Face"
     assert report.fresh == ("norm.weight", "norm.bias", "head.weight", "head.bias")
+    expected = reference.cvt.encoder.stages[2].cls_token
+    assert torch.equal(model.stage2.cls_token, expected)
 
 
 def test_names_are_those_of_the_authors() -> None:
@@ -341,6 +346,8 @@ def test_blocks_that_are_computed_again_give_the_same_gradients() -> None:
         model(x, seeds=seeds(4)).square().sum().backward()
     for (name, p), q in zip(kept.named_parameters(), again.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12, msg=name)
+    for a, b in zip(kept.buffers(), again.buffers(), strict=True):
+        assert torch.equal(a, b)  # running statistics move once
 
 
 def test_half_precision() -> None:

@@ -31,12 +31,12 @@ PARTS = (  # of a dotted name, longest first
     (".layernorm_before.", ".norm1."),
     (".layernorm_after.", ".norm2."),
 )
-STARTS = (("encoder.stages.", "stage"), ("layernorm.", "norm."), ("classifier.", "head."))
-FIRST = "encoder.stages.0.embedding.convolution_embeddings.projection.weight"
+STARTS = (("stages.", "stage"), ("layernorm.", "norm."), ("classifier.", "head."))
+FIRST = "stages.0.embedding.convolution_embeddings.projection.weight"
 
 
 def _is_hugging_face(state: Mapping[str, Tensor], model: Backbone) -> bool:
-    return FIRST in state or f"cvt.{FIRST}" in state
+    return any(_short(name) == FIRST for name in state)
 
 
 def _from_hugging_face(state: State, model: Backbone) -> State:
@@ -44,13 +44,18 @@ def _from_hugging_face(state: State, model: Backbone) -> State:
 
 
 def _renamed(name: str) -> str:
-    name = name.removeprefix("cvt.")
+    name = _short(name)
     for old, new in PARTS:
         name = name.replace(old, new)
     for old, new in STARTS:
         if name.startswith(old):
             return new + name.removeprefix(old)
     return name
+
+
+def _short(name: str) -> str:
+    """Without what the classifier and the model put before the encoder's names."""
+    return name.removeprefix("cvt.").removeprefix("encoder.")
 
 
 def _is_own(state: Mapping[str, Tensor], model: Backbone) -> bool:
