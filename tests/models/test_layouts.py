@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from zoo import SMALL, small
 
 from vitlab.config import UserError
 from vitlab.models import ViT, create_model, load_weights, save_model
@@ -306,7 +307,8 @@ def test_wrong_envelopes() -> None:
     refused(tiny(), {"a": state, "b": state}, r"part: none of the usual ones is there; give one of: a, b")
     refused(tiny(), {"model": state}, r"part: given 'modl'; allowed: model; did you mean", part="modl")
     refused(tiny(), state, r"part: given 'teacher', but these weights have no parts", part="teacher")
-    refused(tiny(), {**state, "epoch": 3}, r"1 entries are no tensors \(epoch\)")
+    refused(tiny(), {**state, "epoch": 3}, r"1 entries are no named tensors \(epoch\)")
+    refused(tiny(), {0: torch.zeros(1)}, r"1 entries are no named tensors \(0\)")
     refused(tiny(), {}, "no tensors in it")
     twice = {"backbone.head.weight": state["head.weight"], **state}
     refused(tiny(), twice, r"with and without 'backbone.' there are two of backbone.head.weight")
@@ -345,6 +347,37 @@ def test_all_that_does_not_fit_is_named() -> None:
     assert "3 missing (patch_embed.proj.weight, blocks.1.mlp.fc2.bias, norm.bias)" in line
     assert "1 not in the model (patch_embed.proj.wieght)" in line
     assert "1 of other shape (blocks.0.attn.proj.weight: given 16×8, model 16×16)" in line
+
+
+DAMAGES: list[Callable[[State, str], object]] = [
+    lambda state, name: state.pop(name),
+    lambda state, name: state.update({f"q{name}": state.pop(name)}),
+    lambda state, name: state.update({f"{name}.x": torch.zeros(1)}),
+    lambda state, name: state.update({name: torch.zeros(())}),
+    lambda state, name: state.update({name: torch.zeros(0, 3)}),
+    lambda state, name: state.update({name: state[name].flatten()[:2].clone()}),
+]
+
+
+@pytest.mark.parametrize("name", [name for name in SMALL if name != "torchvision"])
+def test_damaged_weights_of_any_family_are_refused(name: str) -> None:
+    model, state = small(name), small(name).state_dict()
+    whole = [n for n, value in state.items() if value.numel() > 2]
+    for i, damage in enumerate(DAMAGES * 3):
+        harmed, victim = dict(state), whole[i * 7 % len(whole)]
+        damage(harmed, victim)
+        assert victim in refused(model, harmed, "the weights do not fit the model")
+
+
+def test_numbers_of_another_type_are_no_weights() -> None:
+    state = timm_state()
+    state["blocks.0.mlp.fc1.weight"] = state["blocks.0.mlp.fc1.weight"].to(torch.int8)
+    refused(
+        tiny(), state, r"1 of other type \(blocks.0.mlp.fc1.weight: given torch.int8, model torch.float32\)"
+    )
+    half, model = {name: value.half() for name, value in timm_state().items()}, tiny()
+    load_weights(model, half)
+    assert torch.equal(model.norm.weight, half["norm.weight"].float())
 
 
 def test_heads_of_another_number_of_classes() -> None:

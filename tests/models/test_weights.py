@@ -9,9 +9,10 @@ import pytest
 import torch
 from parity import redraw
 from timm.models.vision_transformer import VisionTransformer
+from zoo import SMALL, small
 
 from vitlab.config import UserError
-from vitlab.models import create_model, load_model, load_state, save_model
+from vitlab.models import create_model, load_model, load_state, load_weights, save_model
 
 TINY = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
 PREPROCESS = {"size": 16, "mean": [0.1, 0.2, 0.3], "std": [1.0, 2.0, 0.1]}
@@ -94,6 +95,31 @@ def test_round_trip(more: dict[str, object], tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "model").iterdir()) == sorted(
         ["config.json", "model.safetensors", "preprocess.json", "labels.json"]
     )
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_family_comes_back(name: str, tmp_path: Path) -> None:
+    model = small(name)
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            value.add_(1)
+    save_model(model, tmp_path, preprocess={}, labels=[])
+    loaded, other = load_model(tmp_path).model, small(name)
+    report = load_weights(other, tmp_path)
+    assert type(loaded) is type(model)
+    assert loaded.config == model.config
+    assert set(report.loaded) == set(model.state_dict())
+    assert report.fresh == report.ignored == report.resized == ()
+    for found in (loaded, other):
+        assert all(torch.equal(found.state_dict()[n], value) for n, value in model.state_dict().items())
+
+
+def test_a_folder_of_no_family_is_one_line(tmp_path: Path) -> None:
+    save_model(tiny(), tmp_path, preprocess={}, labels=[])
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "name": "vit_tony"}))
+    with pytest.raises(UserError, match=r"name: given 'vit_tony'; allowed: .*did you mean 'vit_tiny'\?"):
+        load_model(tmp_path)
 
 
 def test_tensors_gathered_elsewhere_are_what_is_saved(tmp_path: Path) -> None:

@@ -114,11 +114,11 @@ def _read_folder(folder: Path, model: Backbone) -> Mapping[str, Any]:
 def _compare_heads(told: Any, model: Backbone, file: Path) -> None:
     """How many heads share the width is in no tensor's shape."""
     ours = getattr(model.config, "num_heads", None)
-    theirs = (
-        [told[n] for n in ("num_attention_heads", "num_heads") if n in told] if isinstance(told, dict) else []
-    )
-    if isinstance(ours, int) and theirs and isinstance(theirs[0], int) and theirs[0] != ours:
-        raise UserError(f"{file}: its model has {theirs[0]} attention heads, this one has num_heads {ours}")
+    ours = list(ours) if isinstance(ours, tuple) else ours
+    names = ("num_attention_heads", "num_heads") if isinstance(told, dict) else ()
+    theirs = next((told[name] for name in names if name in told), None)
+    if type(ours) is type(theirs) and ours != theirs:
+        raise UserError(f"{file}: its model has {theirs} attention heads, this one has num_heads {ours}")
 
 
 def _unpickled(path: Path) -> Mapping[str, Any]:
@@ -173,9 +173,9 @@ def _has_tensors(value: Mapping[Any, Any]) -> bool:
 
 
 def _tensors(given: Mapping[str, Any]) -> State:
-    others = [str(name) for name, value in given.items() if not isinstance(value, Tensor)]
+    others = [str(n) for n, v in given.items() if not (isinstance(n, str) and isinstance(v, Tensor))]
     if others:
-        raise UserError(f"{len(others)} entries are no tensors ({some(others)}); give tensors by name")
+        raise UserError(f"{len(others)} entries are no named tensors ({some(others)}); give tensors by name")
     if not given:
         raise UserError("no tensors in it")
     return dict(given)
@@ -235,7 +235,7 @@ def _fitted(state: State, model: Backbone) -> tuple[State, list[Resized]]:
     for name, value in state.items():
         if name not in own or own[name].shape == value.shape:
             continue
-        table = model.resized(name, value)
+        table = model.resized(name, value) if value.ndim == own[name].ndim and value.numel() else None
         if table is not None and table.shape == own[name].shape:
             out[name] = table
             done.append(Resized(name, size(value), size(table)))

@@ -79,9 +79,11 @@ def load_state(
     common = [name for name in own if name in state and name not in fresh]
     reshaped = [name for name in common if own[name].shape != state[name].shape]
     shapes = [f"{name}: given {size(state[name])}, model {size(own[name])}" for name in reshaped]
-    wrong = {"missing": missing, "not in the model": extra, "of other shape": shapes}
+    kinds = [name for name in common if own[name].is_floating_point() != state[name].is_floating_point()]
+    types = [f"{name}: given {state[name].dtype}, model {own[name].dtype}" for name in kinds]
+    wrong = {"missing": missing, "not in the model": extra, "of other shape": shapes, "of other type": types}
     if any(wrong.values()):
-        heads = _under_all((*missing, *extra, *reshaped), getattr(model, "heads", ()))
+        heads = _under_all((*missing, *extra, *reshaped, *kinds), getattr(model, "heads", ()))
         way = f"replace={heads} starts the head fresh" if heads else "`replace=` starts a prefix fresh"
         raise UserError(f"the weights do not fit the model: {_kinds(wrong)}; {way}")
     model.load_state_dict({name: state[name] for name in common}, strict=False)
@@ -137,7 +139,7 @@ def _rebuild(tree: dict[str, Any]) -> Backbone:
     if not (isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) for side in size)):
         raise UserError(f"image_size: given {json.dumps(size)}; expected [height, width]")
     name = tree.get("name")
-    if name not in MODELS:
+    if not isinstance(name, str) or name not in MODELS:
         raise UserError(f"name: given {name!r}; allowed: {', '.join(MODELS)}{nearest(str(name), MODELS)}")
     config = build(MODELS[name], tree)
     if config.num_classes is None:

@@ -101,7 +101,7 @@ def _hugging_face(state: State, model: Backbone) -> State:
         else:
             out[_renamed(new)] = value
     for name, three in parts.items():
-        if len(three) == 3:
+        if len(three) == 3 and len({value.shape for value in three.values()}) == 1:
             out[name] = torch.cat([three["query"], three["key"], three["value"]])
         else:  # strict loading names what is left
             out |= {name.replace("qkv", part): value for part, value in three.items()}
