@@ -74,6 +74,20 @@ def test_a_fixed_batch(tmp_path: Path) -> None:
         export_onnx(small("vit_tiny"), tmp_path / "none.onnx", batch=0)
 
 
+def test_weights_too_large_for_one_file_lie_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "ALONE", 0)
+    model = small("vit_tiny", depth=1).eval()
+    written = export_onnx(model, tmp_path / "model.onnx")
+    files = sorted(p.name for p in tmp_path.iterdir())
+    assert files == ["model.onnx", "model.onnx.data"]
+    assert written.bytes == sum((tmp_path / name).stat().st_size for name in files)
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(by_onnx(written.path, images), model(images), rtol=1e-4, atol=1e-6)
+
+
 def test_a_file_that_fails_the_check_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "_trace", lambda model, file, batch: file.write_bytes(b"x"))
     with pytest.raises(UserError, match=r"model.onnx: ONNX Runtime refuses 1 images: .*nothing is left"):
