@@ -30,7 +30,6 @@ from vitlab.models import (
     SwinConfig,
     ViTConfig,
 )
-from vitlab.models.borrowed import BorrowedConfig
 from vitlab.stages import SEEN
 from vitlab.tracking import TrackingConfig
 

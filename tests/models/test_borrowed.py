@@ -208,6 +208,12 @@ def test_files_of_either_library_load() -> None:
             "arch: given 'squeezenet1_0', whose last layer is not one dense",
         ),
         ("torchvision", "inception_v3", 32, "image_size: given 32×32, which inception_v3 cannot take"),
+        (
+            "torchvision",
+            "maxvit_t",
+            96,
+            "arch: maxvit_t cannot be made for images of 96×96: Input size (24, 24)",
+        ),
         ("timm", "levit_128s", 224, "arch: given 'levit_128s', which normalises by BatchNorm1d; allowed"),
     ],
 )

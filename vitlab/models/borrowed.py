@@ -173,8 +173,14 @@ def _timm() -> Any:
 def _build(config: BorrowedConfig, num_classes: int, image_size: Size) -> nn.Module:
     """The library's net with our normalisation and without randomness."""
     build = _from_torchvision if config.name == "torchvision" else _from_timm
-    with torch.device("cpu"):  # some of them read numbers off tensors while they are built
-        net = build(config, num_classes or 1, image_size)
+    try:
+        with torch.device("cpu"):  # some of them read numbers off tensors while they are built
+            net = build(config, num_classes or 1, image_size)
+    except UserError:
+        raise
+    except Exception as error:  # each net fails in its own way
+        given = "×".join(str(side) for side in image_size)
+        raise UserError(f"arch: {config.arch} cannot be made for images of {given}: {_line(error)}") from None
     _convert(net, config.arch)
     _still(net)
     return net.to(torch.get_default_device())
