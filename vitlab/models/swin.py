@@ -13,7 +13,9 @@ Choices:
   code shrinks both sides to the smaller one, which is the same for a square). The bias table has the size
   that this gives for `image_size`. An image of another size may come in: a window that has to shrink further
   reads the middle of the table.
-- the regions of a shifted window are kept apart by adding -100, as the authors do, not -∞.
+- the regions of a shifted window are kept apart by adding -100, as the authors do, not -∞. What that leaves
+  of a probability, e^-100, is a subnormal number, and products of those take most of a CPU's time in a shifted
+  block: below 1.2e-38 it counts as zero, which no sum notices.
 - drop path grows linearly over the blocks of all stages, the first has none.
 - an image not divisible by the patch is refused; the authors' detection code pads it.
 - initialisation is the authors': truncated normal, σ = 0.02, for dense layers and tables, torch's own for the
@@ -34,7 +36,7 @@ from torch import Tensor, nn
 
 from vitlab.models.features import Backbone, BackboneConfig, Features, Size, grid_of, wanted
 from vitlab.models.swin_layers import Block, Patches, PatchMerging
-from vitlab.models.swin_windows import Padding, Stage, merged, move, plan, shrunk
+from vitlab.models.swin_windows import Padding, Stage, merged, move, plan, settings, shrunk
 
 PRESETS: dict[str, dict[str, Any]] = {
     "swin_tiny": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
@@ -119,12 +121,13 @@ class Swin(Backbone):
 
     def __init__(self, config: SwinConfig, num_classes: int, image_size: int | Size) -> None:
         super().__init__(config, num_classes, image_size)
-        self.windows = self._windows()
+        windows = self._windows()
+        self.settings = settings(windows, config.depths, config.padding)
         dim = config.embed_dim
         self.patch_embed = Patches(config.patch_size, config.in_chans, dim)
         if config.mask_token:
             self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.layers = nn.ModuleList(SwinStage(config, i, window) for i, window in enumerate(self.windows))
+        self.layers = nn.ModuleList(SwinStage(config, i, window) for i, window in enumerate(windows))
         self.norm = nn.LayerNorm(dim << (len(config.depths) - 1))
         self.head = Head(dim << (len(config.depths) - 1), num_classes)
         self._init()
@@ -162,8 +165,8 @@ class Swin(Backbone):
         """Nothing wanted: logits. `mask` (B N, bool) and `seeds` (B, int64) as in `Backbone`."""
         names = wanted(want)
         self.refuse(images, names, keep, mask)
-        config, grid = self.config, self.config.grid((images.shape[2], images.shape[3]))
-        stages = plan(grid, self.windows, config.depths, config.padding, images.device)
+        grid = self.config.grid((images.shape[2], images.shape[3]))
+        stages = plan(f"{grid[0]} {grid[1]}", self.settings, str(images.device))
         maps: list[Tensor] | None = [] if "attentions" in names else None
         levels: list[Tensor] | None = [] if "pyramid" in names else None
         x = self._embed(images, mask, stages[0].enter.there)

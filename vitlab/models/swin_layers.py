@@ -8,15 +8,21 @@ Letters: B samples, N tokens, D width, W windows, T slots of a window, M = W·T,
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from vitlab.models.features import Size
 from vitlab.models.layers import Mlp, PatchProjection, SampleDrop, cut
 from vitlab.models.swin_windows import Move, Order, move
 
 APART = -100.0  # added to the scores of two slots that the shift brought together
+TINY = torch.finfo(
+    torch.float32
+).tiny  # below are e^-100 and other subnormal numbers: products of them are slow
 
 
 class Patches(nn.Module):
@@ -82,14 +88,61 @@ class WindowAttention(nn.Module):
 
     def _attend(self, qkv: Tensor, bias: Tensor, maps: list[Tensor] | None) -> Tensor:
         """B M 3D → B M D."""
+        if maps is None and _by_hand(qkv):
+            done: Tensor = _Attended.apply(qkv, bias, self.num_heads)
+            return done
         b, t, h = qkv.shape[0], bias.shape[-1], self.num_heads
         q, k, v = qkv.view(b, -1, t, 3, h, qkv.shape[-1] // (3 * h)).permute(3, 0, 1, 4, 2, 5)  # B W H T D/H
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias
-        attention = scores.softmax(-1)
+        attention = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias).softmax(-1)
+        if len(bias) > 1:
+            attention = F.threshold(attention, TINY, 0.0)
         if maps is not None:
             maps.append(attention)
         out: Tensor = attention.to(v.dtype) @ v
         return out.transpose(2, 3).reshape(b, -1, qkv.shape[-1] // 3)
+
+
+def _by_hand(x: Tensor) -> bool:
+    """Where nobody else fuses the steps or chooses their precision."""
+    return x.is_cpu and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
+
+
+class _Attended(torch.autograd.Function):
+    """The attention of all windows with one copy of Q, K and V and two of the scores, there and back.
+
+    With G = B·W·H: P = softmax(Q K^T s + bias), O = P V; dP = dO V^T, dS = P ∘ (dP - Σ dP ∘ P),
+    dQ = s dS K, dK = s dS^T Q, dV = P^T dO, and the bias has the sum of dS over the samples.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, bias: Tensor, heads: int) -> Tensor:
+        t, d = bias.shape[-1], qkv.shape[-1] // (3 * heads)
+        packed = qkv.view(-1, t, 3, heads, d).permute(2, 0, 3, 1, 4).reshape(3, -1, t, d)  # 3 G T D/H
+        q, k, v = packed
+        p = q.new_empty(len(q), t, t)
+        torch.baddbmm(p, q, k.mT, beta=0, alpha=d**-0.5, out=p)
+        p.view(-1, *bias.shape).add_(bias)
+        torch.softmax(p, -1, out=p)
+        if len(bias) > 1:
+            torch.threshold_(p, TINY, 0.0)
+        ctx.save_for_backward(packed, p)
+        ctx.shape = bias.shape
+        out: Tensor = (p @ v).view(-1, heads, t, d).transpose(1, 2).reshape(len(qkv), -1, heads * d)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        (q, k, v), p = ctx.saved_tensors
+        (heads, t, _), d, b = ctx.shape[1:], q.shape[-1], len(grad)
+        grad = grad.reshape(-1, t, heads, d).transpose(1, 2).reshape(-1, t, d)  # G T D/H
+        grads = q.new_empty(3, *q.shape)
+        torch.bmm(p.mT, grad, out=grads[2])
+        ds = torch._softmax_backward_data(grad @ v.mT, p, -1, p.dtype)
+        torch.baddbmm(q, ds, k, beta=0, alpha=d**-0.5, out=grads[0])
+        torch.baddbmm(k, ds.mT, q, beta=0, alpha=d**-0.5, out=grads[1])
+        back = grads.view(3, -1, heads, t, d).permute(1, 3, 0, 2, 4).reshape(b, -1, 3 * heads * d)
+        return back, ds.view(-1, *ctx.shape).sum(0), None
 
 
 class Block(nn.Module):

@@ -13,6 +13,8 @@ Letters: B samples, N tokens, W windows, T slots of a window, M = W·T, D width,
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
@@ -87,14 +89,18 @@ def merged(grid: Size) -> Size:
     return (grid[0] + 1) // 2, (grid[1] + 1) // 2
 
 
+def settings(windows: Sequence[Size], depths: Sequence[int], padding: Padding) -> str:
+    """What `plan` must know of a model; `windows` are those of the stages' bias tables."""
+    return json.dumps([windows, depths, padding])
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def plan(
-    grid: Size, windows: tuple[Size, ...], depths: tuple[int, ...], padding: Padding, device: torch.device
-) -> list[Stage]:
-    """The stages of a model for a first grid; `windows` are those of the stages' bias tables."""
-    if torch.compiler.is_compiling():
-        return _plan(grid, windows, depths, padding, device)
-    return _kept(grid, windows, depths, padding, device)
+def plan(grid: str, settings: str, device: str) -> list[Stage]:
+    """The stages of a model for a first grid, as "56 56". Words alone: a compiler takes them as constants."""
+    height, width = map(int, grid.split())
+    windows, depths, padding = json.loads(settings)
+    made = _plan if torch.compiler.is_compiling() else _kept
+    return made((height, width), tuple(map(tuple, windows)), tuple(depths), padding, torch.device(device))
 
 
 def _plan(
