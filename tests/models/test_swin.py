@@ -145,6 +145,13 @@ def test_attentions_are_those_inside_timm() -> None:
     torch.testing.assert_close(found.logits, model(x), rtol=1e-4, atol=1e-5)
 
 
+def test_no_probability_is_subnormal() -> None:
+    """Products of such numbers take a CPU many times as long."""
+    model, _ = pair(32)
+    for attention in model(images(2), {"attentions"}).attentions:
+        assert not ((attention > 0) & (attention < torch.finfo(torch.float32).tiny)).any()
+
+
 @pytest.mark.parametrize(
     ("name", "millions"),
     [("swin_tiny", 28.3), ("swin_small", 49.6), ("swin_base", 87.8), ("swin_large", 196.5)],

@@ -14,8 +14,8 @@ Choices:
   that this gives for `image_size`. An image of another size may come in: a window that has to shrink further
   reads the middle of the table.
 - the regions of a shifted window are kept apart by adding -100, as the authors do, not -∞. What that leaves
-  of a probability, e^-100, is a subnormal number, and products of those take most of a CPU's time in a shifted
-  block: below 1.2e-38 it counts as zero, which no sum notices.
+  of a probability, e^-100, is a subnormal number, and products of those take most of a CPU's time in a
+  shifted block: below 1.2e-38 it counts as zero, which no sum notices.
 - drop path grows linearly over the blocks of all stages, the first has none.
 - an image not divisible by the patch is refused; the authors' detection code pads it.
 - initialisation is the authors': truncated normal, σ = 0.02, for dense layers and tables, torch's own for the
