@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -63,10 +63,23 @@ def sample_seeds(seed: int, epoch: int, positions: np.ndarray) -> np.ndarray:
 
 def uniform(seeds: Tensor, purpose: str, n: int) -> Tensor:
     """B, int64 → B N, float32 in [0, 1): the n numbers that each sample has for this purpose."""
+    draw: Any = _opaque if torch.compiler.is_compiling() else _draw
+    numbers: Tensor = draw(seeds, purpose, n)
+    return numbers
+
+
+def _draw(seeds: Tensor, purpose: str, n: int) -> Tensor:
     base = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "little")
     steps = torch.arange(1, n + 1, device=seeds.device) * _signed(GOLDEN)
     z = _scramble(seeds ^ _signed(base))[:, None] + steps
     return (_scramble(z) >> 40 & 0xFFFFFF).float() * 2.0**-24
+
+
+# A compiler cannot trace a digest, and its arithmetic does not wrap at 64 bits: for it this is one operation.
+_opaque = torch.library.custom_op(
+    "vitlab::uniform", _draw, mutates_args=(), schema="(Tensor seeds, str purpose, int n) -> Tensor"
+)
+_opaque.register_fake(lambda seeds, purpose, n: seeds.new_empty((seeds.shape[0], n), dtype=torch.float32))
 
 
 def _scramble(z: Tensor) -> Tensor:

@@ -176,6 +176,11 @@ def _stage_problems(name: str, stage: TrainConfig, data: ShardsConfig, workers: 
             f"{name}.accumulate: given {stage.accumulate}; it must divide the {batch // workers} images that "
             f"each of {workers} workers has, allowed: {_divisors(batch // workers)}"
         )
+    if stage.model.batch_norm and stage.accumulate > 1:
+        yield (
+            f"{name}.accumulate: given {stage.accumulate}; {stage.model.name} normalises over a whole batch, "
+            f"which micro-batches would change; allowed: 1; {name}.recompute=true saves memory too"
+        )
     if stage.optim.warmup_epochs > stage.epochs:
         warmup = stage.optim.warmup_epochs
         yield f"{name}.optim.warmup_epochs: given {warmup}; allowed: at most {name}.epochs={stage.epochs}"

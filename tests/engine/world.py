@@ -62,6 +62,8 @@ class Notes:
 
     def progress(self, step: int, total: int, values: dict[str, float]) -> None: ...
 
+    def say(self, text: str) -> None: ...
+
 
 def batches(config: LoopConfig, world: World, start: int, stop: int | None) -> Any:
     """Global batches that are the same on any number of workers."""

@@ -240,5 +240,5 @@ def _environment(threads: int) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # what Ray would print here is in its logs; we say what matters
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "TORCHDYNAMO_DISABLE": "1",  # torch.compile is not used yet; its import costs seconds
+        "TORCHDYNAMO_DISABLE": "1",  # its import costs seconds; a job that compiles takes this back
     }

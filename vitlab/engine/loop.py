@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -22,6 +23,7 @@ from vitlab.batch import Batch
 from vitlab.config import Config, UserError, free
 from vitlab.dist import World, half
 from vitlab.engine import checkpoint
+from vitlab.engine.compiling import announced, prepare
 from vitlab.engine.optim import OptimConfig, lr_at, set_lr
 from vitlab.engine.strategy import Plain, Strategy
 from vitlab.methods.base import Losses, Method
@@ -35,6 +37,8 @@ class LoopConfig(Config):
     batch_size: int = Field(gt=0, description="images of a global batch, over all workers")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     accumulate: int = free(1, gt=0, description="micro-batches that a worker's part is cut into")
+    recompute: bool = free(False, description="blocks compute their insides again for the gradient")
+    compile: bool = free(False, description="the model's forward and backward as compiled code")
     validate_every: int = Field(1, gt=0, description="epochs between two passes over the validation split")
     log_every: int = free(10, gt=0, description="steps that one point of a training curve averages over")
     checkpoint_every: int = free(0, ge=0, description="steps between two checkpoints; 0: every epoch")
@@ -52,6 +56,9 @@ class Recorder(Protocol):
 
     def progress(self, step: int, total: int, values: dict[str, float]) -> None:
         """Takes what a person may see now."""
+
+    def say(self, text: str) -> None:
+        """Takes what is being done while no step can be counted."""
 
 
 Probe = Callable[[Strategy, int], Iterable[tuple[str, float]]]
@@ -76,13 +83,16 @@ class Plan:
 
 def make_strategy(method: Method, config: LoopConfig, zero: int | None, world: World) -> Strategy:
     """Plain PyTorch for one process without `zero`, else DeepSpeed."""
+    if config.recompute or config.compile:
+        prepare(method.model, recompute=config.recompute, compile=config.compile)
     bf16 = half(world.device, config.precision)
     if zero is None and world.size == 1:
         return Plain(method, config.optim, bf16)
     from vitlab.engine.zero import Zero
 
     micro = config.batch_size // world.size // config.accumulate
-    return Zero(method, config.optim, zero or 0, world, micro=micro, accumulate=config.accumulate, bf16=bf16)
+    how = {"micro": micro, "accumulate": config.accumulate, "bf16": bf16, "compiles": config.compile}
+    return Zero(method, config.optim, zero or 0, world, **how)
 
 
 def train(method: Method, strategy: Strategy, plan: Plan, world: World) -> dict[str, float]:
@@ -101,7 +111,11 @@ def train(method: Method, strategy: Strategy, plan: Plan, world: World) -> dict[
         method.before_step(step / plan.steps)
         lr = lr_at(plan.config.optim, step / plan.steps_per_epoch, plan.config.epochs)
         set_lr(strategy.optimizer, lr)
-        norm = _one_step(method, strategy, next(batches), window, world)
+        micro, compiles = next(batches), plan.config.compile and step == start
+        with announced(plan.recorder.say) if compiles else nullcontext():
+            norm = _one_step(method, strategy, micro, window, world)
+        if compiles:
+            clock.skip()
         for target, source, momentum in method.averages():
             strategy.average(target, source, momentum)
         done = step + 1

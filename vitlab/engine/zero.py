@@ -17,22 +17,28 @@ from torch import Tensor, nn
 
 from vitlab.batch import Batch
 from vitlab.dist import World
+from vitlab.engine.compiling import leave_hooks
 from vitlab.engine.optim import OptimConfig, adamw
 from vitlab.engine.strategy import MOMENTS, TINY, Piece, buffers, fill_states, kept
 from vitlab.methods.base import Losses, Method
 
+STAYS = 10_000  # a parameter up to this size is never given away at stage 3
+
 
 class Zero:
     def __init__(self, method: Method, optim: OptimConfig, stage: int, world: World, **options: Any) -> None:
-        """`options`: micro (samples a worker and micro-batch), accumulate, bf16."""
+        """`options`: micro (samples a worker and micro-batch), accumulate, bf16, compiles."""
         deepspeed = _deepspeed(world.device)
         self.deepspeed, self.method, self.stage, self.world = deepspeed, method, stage, world
         self.accumulate: int = options["accumulate"]
         settings = _settings(method, optim, stage, world, options)
         self.inner = adamw(method, optim)
+        self.running: list[nn.Module] = deepspeed.runtime.zero.parameter_offload.FWD_MODULE_STACK
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=method, optimizer=self.inner, config=settings, dist_init_required=False
         )
+        if stage == 3 and options["compiles"]:
+            leave_hooks(method)
 
     def forward(self, batch: Batch, **options: Any) -> Any:
         return self.engine(batch, **options)
@@ -42,7 +48,11 @@ class Zero:
 
     def backward(self, losses: Losses, weight: Tensor) -> None:
         # DeepSpeed averages over workers and over micro-batches; ours is a sum over both.
+        open_modules = len(self.running)
         self.engine.backward(losses.loss / weight.clamp(min=TINY) * (self.world.size * self.accumulate))
+        # A block that recomputes stops early, inside the module whose backward pass asked for it. So it must
+        # be, because leaving would free that module's weights; but DeepSpeed still thinks that it runs.
+        del self.running[open_modules:]
         self.engine.step()  # only the last micro-batch of a step really steps
 
     def step(self) -> Tensor | float | None:
@@ -181,7 +191,7 @@ def _settings(
             "stage3_prefetch_bucket_size": bucket // 10,
             "stage3_max_live_parameters": 2 * bucket,
             "stage3_max_reuse_distance": 2 * bucket,
-            "stage3_param_persistence_threshold": 10_000,
+            "stage3_param_persistence_threshold": STAYS,
             "memory_efficient_linear": False,  # its own linear layer has its own idea of autocast
         },
     }

@@ -33,6 +33,9 @@ class Recorder:
         if validated:
             self.post("validated", (step / total, values))
 
+    def say(self, text: str) -> None:
+        self.post("say", text)
+
     def close(self) -> None:
         self.metrics.close()
 
@@ -45,5 +48,7 @@ class Silent:
     def flush(self) -> None: ...
 
     def progress(self, step: int, total: int, values: dict[str, float]) -> None: ...
+
+    def say(self, text: str) -> None: ...
 
     def close(self) -> None: ...
