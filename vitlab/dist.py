@@ -84,13 +84,38 @@ def workers() -> int:
 
 def gathered(value: Tensor) -> Tensor:
     """A tensor of every rank, of the same shape on all, stacked by rank: for use inside models."""
-    parts = [torch.empty_like(value) for _ in range(torch_dist.get_world_size())]
-    torch_dist.all_gather(parts, value.contiguous())
-    return torch.stack(parts)
+    if workers() == 1:
+        return value[None]
+    whole: Tensor = (_gather_op if torch.compiler.is_compiling() else _gather)(value)
+    return whole
 
 
 def summed(value: Tensor) -> Tensor:
     """The sum of a tensor over all ranks: for use inside models."""
+    if workers() == 1:
+        return value
+    total: Tensor = (_sum_op if torch.compiler.is_compiling() else _sum)(value)
+    return total
+
+
+def _gather(value: Tensor) -> Tensor:
+    parts = [torch.empty_like(value) for _ in range(workers())]
+    torch_dist.all_gather(parts, value.contiguous())
+    return torch.stack(parts)
+
+
+def _sum(value: Tensor) -> Tensor:
     total = value.contiguous().clone()
     torch_dist.all_reduce(total)
     return total
+
+
+# For a compiler each collective is one operation, which it neither looks into nor repeats of its own accord.
+_gather_op: Any = torch.library.custom_op(
+    "vitlab::gather", _gather, mutates_args=(), schema="(Tensor value) -> Tensor"
+)
+_gather_op.register_fake(lambda value: value.new_empty((workers(), *value.shape)))
+_sum_op: Any = torch.library.custom_op(
+    "vitlab::sum", _sum, mutates_args=(), schema="(Tensor value) -> Tensor"
+)
+_sum_op.register_fake(lambda value: torch.empty_like(value, memory_format=torch.contiguous_format))
