@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from vitlab.dist import gathered, summed, workers
 
-PLACES = (0, 2, 3)  # the dimensions that a channel's statistics run over
+BLOCK = 128 * 1024  # numbers
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -72,47 +72,58 @@ class _Everywhere(torch.autograd.Function):
     Also gives mean and unbiased variance. Backward, over all workers:
     dx = weight · (variance + ε)^-½ · (dy - Σdy / N - x̂ · Σ(dy · x̂) / N)
 
-    What is kept is x less its local mean; `off` is how far that mean is from everybody's. Each line is one
-    pass over the map: a step spends its time in reading and writing.
+    A map is worked on as rows of C numbers, block by block where a sum needs numbers of its own: a block
+    stays in the cache, and the map is read and written as seldom as can be.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        wide = _wide(x)
-        n = x.numel() // x.shape[1]
-        local = wide.sum(PLACES) / max(n, 1)  # a worker without samples counts for nothing
-        centred = wide - _spread(local)
-        room = centred * centred
-        squares = room.sum(PLACES)
+        rows = _rows(x)
+        n = rows.shape[0]
+        local = rows.sum(0) / max(n, 1)  # a worker without samples counts for nothing
+        squares = torch.stack([(block - local).square_().sum(0) for block in _blocks(rows)]).sum(0)
         total, mean, squares = _merge(gathered(torch.cat([local.new_full((1,), float(n)), local, squares])))
-        scale, off = (squares / total + eps).rsqrt(), local - mean
-        ctx.save_for_backward(centred, weight, scale, off, total)
-        ctx.dtype = x.dtype
+        scale = (squares / total + eps).rsqrt()
+        ctx.save_for_backward(x, weight, mean, scale, total)
         slope = scale if weight is None else scale * weight.to(scale.dtype)
-        start = off * slope if bias is None else off * slope + bias.to(scale.dtype)
+        start = -mean * slope if bias is None else bias.to(scale.dtype) - mean * slope
         variance = squares / (total - 1)
         ctx.mark_non_differentiable(mean, variance)
-        torch.addcmul(_spread(start), centred, _spread(slope), out=room)
-        return room.to(x.dtype), mean, variance
+        return _map(torch.addcmul(start, rows, slope), x), mean, variance
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        centred, weight, scale, off, total = ctx.saved_tensors
-        wide = _wide(dy)
-        plain = wide.sum(PLACES)
-        room = wide * centred
-        crossed = (room.sum(PLACES) + off * plain) * scale  # Σ(dy · x̂) here
-        mean, mean_crossed = (summed(torch.stack([plain, crossed])) / total).unbind(0)
+        x, weight, mean, scale, total = ctx.saved_tensors
+        rows, slopes = _rows(x), _rows(dy)
+        plain, pairs = slopes.sum(0), zip(_blocks(rows), _blocks(slopes), strict=True)
+        crossed = torch.stack([(block - mean).mul_(slope).sum(0) for block, slope in pairs]).sum(0) * scale
+        shift, turn = (summed(torch.stack([plain, crossed])) / total).unbind(0)
         factor = scale if weight is None else scale * weight.to(scale.dtype)
-        slope = -factor * scale * mean_crossed
-        start = -factor * mean + slope * off
-        dx = torch.addcmul(_spread(start), wide, _spread(factor), out=room).addcmul_(centred, _spread(slope))
+        turn = -factor * scale * turn
+        dx = _map(torch.addcmul(-factor * shift - mean * turn, slopes, factor).addcmul_(rows, turn), x)
         if weight is None:
-            return dx.to(ctx.dtype), None, None, None
-        return dx.to(ctx.dtype), crossed.to(weight.dtype), plain.to(weight.dtype), None
+            return dx, None, None, None
+        return dx, crossed.to(weight.dtype), plain.to(weight.dtype), None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """B C height width → n C, at least in float32; a view of what is in channels-last layout."""
+    wide = x.float() if x.dtype.itemsize < 4 else x
+    return wide.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def _map(rows: Tensor, like: Tensor) -> Tensor:
+    """n C → the shape and type of a map."""
+    b, c, height, width = like.shape
+    return rows.view(b, height, width, c).permute(0, 3, 1, 2).to(like.dtype)
+
+
+def _blocks(rows: Tensor) -> tuple[Tensor, ...]:
+    """n C in stretches that fit into a CPU's cache; whole elsewhere, where a short stretch is idle time."""
+    return torch.split(rows, max(1, BLOCK // rows.shape[1])) if rows.device.type == "cpu" else (rows,)
 
 
 def _summed_naively(x: Tensor) -> bool:
@@ -130,16 +141,6 @@ def _merge(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     total = n.sum(0)
     mean = (n * means).sum(0) / total
     return total, mean, (squares + n * (means - mean).square()).sum(0)
-
-
-def _spread(channels: Tensor) -> Tensor:
-    """C → 1 C 1 1."""
-    return channels.view(1, -1, 1, 1)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """At least float32."""
-    return x.float() if x.dtype.itemsize < 4 else x
 
 
 @contextmanager
