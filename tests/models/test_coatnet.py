@@ -97,10 +97,7 @@ CASES = [("C-C-T-T", "timm"), ("C-C-T-T", "paper"), ("C-T-T-T", "timm"), ("C-C-C
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize(("layout", "halves"), CASES)
 def test_same_as_timm(layout: str, halves: str, training: bool, dtype: torch.dtype) -> None:
-    """In training and fp32, gradients are sums over many places in another order: 1e-4 there.
-
-    There, too, rounding can make another place the maximum: the paper's pooling is compared in float64.
-    """
+    """In training and fp32 rounding can make another place the maximum: that is compared in float64."""
     if halves == "paper" and training and dtype == torch.float32:
         dtype = torch.float64
     theirs, ours = reference(layout=layout, **HALVES[halves]), small(layout=layout, downsample=halves)
@@ -112,9 +109,8 @@ def test_same_as_timm(layout: str, halves: str, training: bool, dtype: torch.dty
         # a shift before a 1×1 convolution without bias, which the next batch norm takes away: exactly zero
         assert float((mine[1].pop(name) - timms[1].pop(name)).abs().max()) <= EXACT[dtype] * largest
         assert float((mine[2].pop(name) - timms[2].pop(name)).detach().abs().max()) <= EXACT[dtype] * 10
-    limit = 1e-4 if training and dtype == torch.float32 else EXACT[dtype]
-    assert worst(mine[0], timms[0]) <= EXACT[dtype]
-    assert max(map(worst, mine[1:], timms[1:])) <= limit
+    print([worst(m, t) for m, t in zip(mine, timms, strict=True)])  # noqa: T201  (pytest shows it with -s)
+    assert max(map(worst, mine, timms)) <= EXACT[dtype]
     running = [{n: b for n, b in m.named_buffers() if "running" in n} for m in (ours, theirs)]
     assert worst(*running) <= EXACT[dtype]
 
