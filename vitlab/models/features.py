@@ -9,13 +9,12 @@ from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar, NamedTuple
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitlab.config import Config, UserError, nearest
-from vitlab.models.norm import repeating
+from vitlab.models.norm import BatchNorm2d, repeating
 
 Size = tuple[int, int]  # height, width
 
@@ -37,7 +36,10 @@ class BackboneConfig(Config):
         return {**cls.presets.get(str(data.get("name")), {}), **data} if isinstance(data, dict) else data
 
     def grid(self, image_size: Size) -> Size:
-        """Patches down and across in an image of this size; a size that cannot be is a `UserError`."""
+        """Patches down and across in an image of this size: what `mask` counts, else the last map's.
+
+        A size that cannot be is a `UserError`.
+        """
         raise NotImplementedError
 
 
@@ -117,8 +119,9 @@ class Backbone(nn.Module):
         fills = any(isinstance(thing, list) for thing in inputs)  # a second pass would fill it again
         if fills or not (self.recompute and self.training):
             return block(*inputs)
-        if torch.compiler.is_compiling():  # the compiler repeats operations, not Python: nothing to mark
+        if not any(isinstance(part, BatchNorm2d) for part in block.modules()):
             return checkpoint(block, *inputs, use_reentrant=False)
+        # torch.compile leaves a block with a context to plain Python, where it must be marked as well.
         return checkpoint(
             block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), repeating(block))
         )
