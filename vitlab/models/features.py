@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -121,7 +122,8 @@ class Backbone(nn.Module):
             return block(*inputs)
         if not any(isinstance(part, BatchNorm2d) for part in block.modules()):
             return checkpoint(block, *inputs, use_reentrant=False)
-        # torch.compile leaves a block with a context to plain Python, where it must be marked as well.
+        if torch.compiler.is_compiling():  # it cannot mark the second pass, and would move statistics twice
+            return block(*inputs)
         return checkpoint(
             block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), repeating(block))
         )

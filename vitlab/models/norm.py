@@ -91,7 +91,10 @@ class _Everywhere(torch.autograd.Function):
         start = -mean * slope if bias is None else bias.to(scale.dtype) - mean * slope
         variance = squares / (total - 1)
         ctx.mark_non_differentiable(mean, variance)
-        return _map(torch.addcmul(start, rows, slope), x), mean, variance
+        # Not `_map`: a view that a Function gives out cannot be changed in place, as nets of others do.
+        out = torch.empty(x.shape, dtype=rows.dtype, device=x.device, memory_format=torch.channels_last)
+        out.permute(0, 2, 3, 1).view(rows.shape).copy_(torch.addcmul(start, rows, slope))
+        return out.to(x.dtype), mean, variance
 
     @staticmethod
     @once_differentiable
