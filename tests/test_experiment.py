@@ -79,6 +79,15 @@ def test_the_experiments_can_be(file: Path) -> None:
             "pretrain.method.mask_ratio=1.0e-20",
             "pretrain.method.mask_ratio: given 1e-20, which leaves every patch of 4 visible",
         ),
+        (
+            "finetune={model: {name: cvt_13, in_chans: 1}, method: {name: supervised}, epochs: 1, "
+            "batch_size: 64, accumulate: 2}",
+            "finetune.accumulate: given 2; cvt_13 normalises over a whole batch, ",
+        ),
+        (
+            "pretrain.model={name: swin_tiny, in_chans: 1, patch_size: 2}",
+            "pretrain.model.name: given 'swin_tiny'",
+        ),
         ("pretrain.model.patch_size=8", "allowed: none, give a smaller pretrain.model.patch_size"),
         ("tune.metric=val/top5", 'tune.metric: given "val/top5"; allowed: val/top1, val/loss'),
         ("data.val=0", "tune.metric: given 'val/top1', but data.val=0 leaves no images for it"),

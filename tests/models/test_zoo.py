@@ -127,6 +127,29 @@ def test_recomputed_blocks_give_the_same_gradients(name: str) -> None:
     assert all(torch.equal(after[n], b) for n, b in model.named_buffers())
 
 
+def kept_bytes(model: Backbone, images: Tensor) -> int:
+    """What a forward pass keeps for the gradient, parameters left out."""
+    own, kept = {p.data_ptr() for p in model.parameters()}, dict[int, int]()
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in own:
+            kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        held = model(images, seeds=seeds(len(images)))
+    assert held.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("name", ATTENTIVE)
+def test_recomputed_blocks_keep_less(name: str) -> None:
+    model, images = fresh(name).train(), picture(name, 8)
+    plain = kept_bytes(model, images)
+    model.recompute = True
+    assert kept_bytes(model, images) < 0.75 * plain  # CCT keeps its convolutions, most of so small a model
+
+
 @pytest.mark.parametrize("name", ATTENTIVE)
 def test_a_sample_is_the_same_in_any_batch(name: str) -> None:
     """Drop path and dropout follow the sample; batch statistics would not, so they are held."""
