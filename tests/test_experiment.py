@@ -86,7 +86,7 @@ def test_the_experiments_can_be(file: Path) -> None:
         ),
         (
             "pretrain.model={name: swin_tiny, in_chans: 1, patch_size: 2}",
-            "pretrain.model.name: given 'swin_tiny'",
+            "pretrain.model.name: given 'swin_tiny'; mae needs a plain",
         ),
         ("pretrain.model.patch_size=8", "allowed: none, give a smaller pretrain.model.patch_size"),
         ("tune.metric=val/top5", 'tune.metric: given "val/top5"; allowed: val/top1, val/loss'),
@@ -102,7 +102,7 @@ def test_the_experiments_can_be(file: Path) -> None:
         ),
         (
             "tune.space={model.patch_size: [4, 3]}",
-            "tune.space: finetune.model: data.image_size 8 is not divisible by patch_size 3; nearest: 6 or 9; patch",
+            "tune.space: finetune.model: data.image_size 8 is not divisible by patch_size 3; nearest: 6 or 9",
         ),
         ("tune.space={method.name: [mae]}", "tune.space: finetune.method"),
         (
