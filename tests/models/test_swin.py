@@ -18,6 +18,7 @@ from vitlab.models.features import Features
 from vitlab.models.layers import SampleDrop
 from vitlab.models.layouts.swin import LAYOUTS
 from vitlab.models.swin import PRESETS, Name, Swin, SwinConfig
+from vitlab.models.swin_windows import plan
 
 SMALL = {"patch_size": 2, "embed_dim": 8, "depths": (2, 1, 2), "num_heads": (1, 2, 4), "window_size": 4}
 MICROSOFT, SIMMIM, HUGGING_FACE = LAYOUTS
@@ -179,7 +180,11 @@ def hugging_faces(size: Size) -> transformers.SwinForImageClassification:
     return redrawn(transformers.SwinForImageClassification(config)).eval()
 
 
-@pytest.mark.parametrize("size", [(32, 32), (36, 44)], ids=["plain", "filled"])
+@pytest.mark.parametrize(
+    "size",
+    [(32, 32), (36, 44), (32, 48), (32, 64)],  # the last two: one window spans 4 of 4×6 and 4×8
+    ids=["plain", "filled", "spanned_filled", "spanned"],
+)
 @pytest.mark.parametrize("names", ["memory", "disk"])
 def test_same_as_hugging_face(size: Size, names: str, tmp_path: object) -> None:
     reference = hugging_faces(size)
@@ -199,6 +204,17 @@ def test_same_as_hugging_face(size: Size, names: str, tmp_path: object) -> None:
         torch.testing.assert_close(model(x), reference(x).logits, rtol=1e-5, atol=1e-5)
         tokens = reference.swin(x).last_hidden_state
         torch.testing.assert_close(model(x, "tokens").tokens, tokens, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("padding", "window", "shifted"), [("official", (3, 3), False), ("timm", (3, 4), True)]
+)
+def test_a_window_that_spans_one_side(padding: str, window: Size, shifted: bool) -> None:
+    """3 of 3×6: the authors' code shrinks both sides of a window of 4 and shifts none, timm's one of each."""
+    model = small((6, 12), window_size=4, depths=(2,), num_heads=(2,), padding=padding)
+    assert model.layers[0].blocks[0].attn.window == window
+    (stage,) = plan("3 6", model.settings, "cpu")
+    assert [order.regions is not None for order in stage.orders] == [False, shifted]
 
 
 def test_weights_of_timm_there_and_back() -> None:
@@ -319,7 +335,8 @@ def test_bfloat16_is_close(size: int | Size) -> None:
 def test_tables_of_another_window(window: Size) -> None:
     """Against bicubic weights worked out here, Keys' kernel with a = -0.75 as torch has it."""
     side = 2 * max(window)
-    model = small((2 * window[0], 2 * window[1]), window_size=side, depths=(1,), num_heads=(2,))
+    more = {"window_size": side, "depths": (1,), "num_heads": (2,), "padding": "timm"}
+    model = small((2 * window[0], 2 * window[1]), **more)
     name = "layers.0.blocks.0.attn.relative_position_bias_table"
     value = torch.randn(81, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     got = model.resized(name, value)

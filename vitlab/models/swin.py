@@ -9,10 +9,11 @@ Choices:
   the right and the bottom; an odd side is filled before merging. `padding: official` fills before the shift
   (the authors' detection code, Hugging Face, torchvision), `padding: timm` after it. Without a shift, or
   where the window divides the side, both are the same.
-- a side not larger than the window: the window shrinks to it and does not shift along it (timm; the authors'
-  code shrinks both sides to the smaller one, which is the same for a square). The bias table has the size
-  that this gives for `image_size`. An image of another size may come in: a window that has to shrink further
-  reads the middle of the table.
+- a side not larger than the window: with `padding: official` the window shrinks to the smaller side and
+  does not shift at all (the authors' code, Hugging Face); with `padding: timm` it shrinks to that side and
+  does not shift along it. For a square both are the same. The bias table has the size that this gives for
+  `image_size`. An image of another size may come in: a window that has to shrink further reads the middle
+  of the table.
 - the regions of a shifted window are kept apart by adding -100, as the authors do, not -∞. What that leaves
   of a probability, e^-100, is a subnormal number, and products of those take most of a CPU's time in a
   shifted block: below 1.2e-38 it counts as zero, which no sum notices.
@@ -137,7 +138,7 @@ class Swin(Backbone):
         grid, window = self.config.grid(self.image_size), (self.config.window_size,) * 2
         found = []
         for _ in self.config.depths:
-            found.append(shrunk(grid, window))
+            found.append(shrunk(grid, window, self.config.padding))
             grid = merged(grid)
         return tuple(found)
 

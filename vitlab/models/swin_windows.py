@@ -80,9 +80,19 @@ class _Moved(torch.autograd.Function):
 # ---------------------------------------------------------------- plans
 
 
-def shrunk(grid: Size, window: Size) -> Size:
-    """A window is not larger than its grid."""
-    return min(grid[0], window[0]), min(grid[1], window[1])
+def shrunk(grid: Size, window: Size, padding: Padding) -> Size:
+    """A window is not larger than its grid: not than the smaller side (official), or side by side (timm)."""
+    height, width = grid if padding == "timm" else (min(grid), min(grid))
+    return min(height, window[0]), min(width, window[1])
+
+
+def shifts(grid: Size, window: Size, padding: Padding) -> Size:
+    """Half a window, but none along a side that one window spans; then, officially, none at all."""
+    spans = [side <= w for side, w in zip(grid, window, strict=True)]
+    if padding == "official" and any(spans):
+        return 0, 0
+    down, across = (0 if one else w // 2 for one, w in zip(spans, window, strict=True))
+    return down, across
 
 
 def merged(grid: Size) -> Size:
@@ -127,8 +137,8 @@ def _stage(
     device: torch.device,
     depth: int,
 ) -> tuple[Stage, np.ndarray]:
-    window = shrunk(grid, table)
-    shift = tuple(0 if g <= w else w // 2 for g, w in zip(grid, window, strict=True))
+    window = shrunk(grid, table, padding)
+    shift = shifts(grid, window, padding)
     even, odd = (_slots(grid, window, s, padding) for s in ((0, 0), shift))
     orders, places = [], []
     for slots, s in ((even, (0, 0)), (odd, shift)):
