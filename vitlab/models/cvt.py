@@ -9,7 +9,8 @@ Departures and choices:
 - the authors' weights were trained with `activation: quick_gelu`; the port of Hugging Face computes the
   exact GELU with the same weights, which `activation: gelu` is here.
 - `drop_path` grows from 0 to its value over the last stage and is 0 in the others, as in the authors'
-  settings; each sample draws from its own seed.
+  settings, whose value is 0.1, for cvt_w24 0.3 (here 0 unless given); each sample draws from its own seed.
+- what all their settings have in common is fixed: biases for Q, K and V, 3×3 convolutions before them.
 - `positions: learned` adds a table after each stage's patches, with a place for the class token in the last
   (the paper's ablation; `stageN.pos_embed`); images of other sizes get it by bicubic interpolation.
 - `pool: mean` is the authors' model without a class token: the mean over the normed patches.

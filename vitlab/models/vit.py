@@ -10,11 +10,14 @@ Departures and choices:
 - a distilled model's two heads are joined by `combine`: `mean` of the logits (the authors' code) or their
   `sum`; `concat` has one head instead, over both tokens side by side. In training, too; a method that needs
   the two asks for `heads` by name.
-- an image of another size than the model was made for gets its positions by bicubic interpolation.
+- an image of another size than the model was made for gets its positions by bicubic interpolation, as DeiT
+  and MAE bring them to another resolution; DINO's code adds a tenth of a patch to the new sides first, which
+  moved logits by 1e-4 to 2e-3 of the largest (random weights, 4×4 patches to 12×12 and 3×3).
 - where only the class token is read, the last block computes no other.
 - initialisation `deit`: truncated normal, σ = 0.02, for dense layers, tokens and positions, zero biases,
-  torch's own for the patches, as in DeiT's code; `mae`: Xavier uniform for dense layers and patches, as in
-  MAE's and in ViT's JAX code.
+  torch's own for the patches, as in DeiT's code (timm now starts the class token at σ = 1e-6); `mae`: Xavier
+  uniform for dense layers, as in MAE's and in ViT's JAX code, and for patches, as in MAE's (JAX: LeCun
+  normal). A head starts as other dense layers do; MAE's fine-tuning has σ = 2e-5, ViT's JAX code zero.
 - the ViT paper has one more dense layer before the head in pre-training; it is left out, as in timm.
 - fixed positions are a buffer that is saved, so weights move between `learned` and `sincos` both ways.
 
