@@ -217,6 +217,20 @@ def test_a_window_that_spans_one_side(padding: str, window: Size, shifted: bool)
     assert [order.regions is not None for order in stage.orders] == [False, shifted]
 
 
+@pytest.mark.parametrize("padding", ["official", "timm"])
+@pytest.mark.parametrize("depths", [(2, 2, 2), (1, 1, 1)], ids=["shifted", "plain"])
+@pytest.mark.parametrize("size", [(32, 32), (36, 44), (32, 64), (24, 48), (8, 8), (20, 20)])
+def test_where_timm_computes_the_same(size: Size, depths: tuple[int, ...], padding: str) -> None:
+    reference = timms(size, depths=depths).eval()
+    model = small(size, depths=depths, padding=padding).eval()
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    same = shapes == {name: value.shape for name, value in reference.state_dict().items()}
+    if same:
+        model.load_state_dict(reference.state_dict())
+        same = torch.allclose(model(images(2, size)), reference(images(2, size)), rtol=1e-5, atol=1e-5)
+    assert model.same_in_timm() == same
+
+
 def test_weights_of_timm_there_and_back() -> None:
     reference = timms()
     state = reference.state_dict()

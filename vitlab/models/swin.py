@@ -40,7 +40,17 @@ from torch import Tensor, nn
 
 from vitlab.models.features import Backbone, BackboneConfig, Features, Size, grid_of, wanted
 from vitlab.models.swin_layers import Block, Patches, PatchMerging
-from vitlab.models.swin_windows import Padding, Stage, merged, move, plan, settings, shrunk
+from vitlab.models.swin_windows import (
+    Padding,
+    Stage,
+    merged,
+    move,
+    plan,
+    settings,
+    shifts,
+    shrunk,
+    slots_grid,
+)
 
 PRESETS: dict[str, dict[str, Any]] = {
     "swin_tiny": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
@@ -144,6 +154,20 @@ class Swin(Backbone):
             found.append(shrunk(grid, window, self.config.padding))
             grid = merged(grid)
         return tuple(found)
+
+    def same_in_timm(self) -> bool:
+        """Whether timm's model of these sizes has the same windows for an image of `image_size`."""
+        grid, full = self.config.grid(self.image_size), (self.config.window_size,) * 2
+        how: Padding = self.config.padding
+        for depth in self.config.depths:
+            window, shift = shrunk(grid, full, how), shifts(grid, full, how)
+            if window != shrunk(grid, full, "timm"):
+                return False
+            padded = how == "official" and slots_grid(grid, window) != grid
+            if depth > 1 and (shift != shifts(grid, full, "timm") or (any(shift) and padded)):
+                return False
+            grid = merged(grid)
+        return True
 
     def _init(self) -> None:
         for layer in self.modules():
