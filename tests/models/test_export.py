@@ -174,6 +174,23 @@ def test_heads_that_timm_joins_otherwise() -> None:
         export_timm(small("deit_tiny", combine="sum"))
 
 
+@pytest.mark.parametrize(
+    ("name", "more", "line"),
+    [
+        ("coatnet_0", {"relative": "absolute"}, "timm computes relative: bias, the model has absolute"),
+        ("coatnet_0", {"downsample": "paper"}, "timm computes downsample: timm, the model has paper"),
+        ("swin_tiny", {"window_size": 3}, "timm pads after the shift, the model has padding: official"),
+    ],
+)
+def test_what_timm_computes_otherwise(name: str, more: Sizes, line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        export_timm(small(name, **more))
+
+
+def test_timm_pads_like_padding_timm() -> None:
+    assert export_timm(small("swin_tiny", window_size=3, padding="timm"))
+
+
 # ---------------------------------------------------------------- from the command line
 
 

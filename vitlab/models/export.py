@@ -20,11 +20,14 @@ from torch import Tensor
 
 from vitlab.config import UserError, nearest
 from vitlab.models.features import Backbone
+from vitlab.models.swin import Swin
+from vitlab.models.swin_windows import plan
 from vitlab.models.weights import one_line, size
 
 Format = Literal["onnx", "timm", "safetensors"]
 NEEDS = ("onnx", "onnxscript", "onnxruntime")
 LIKE_TIMM = ("ViT", "Swin", "CoAtNet")  # families whose names are timm's
+SAME = {"relative": "bias", "downsample": "timm"}  # of CoAtNet: tensors alike, numbers not
 OURS = ("mask_token",)  # of such a family, without a counterpart in timm
 TOLERANCE = 1e-4  # of the largest number in the output
 ALONE = 2**31 - 2**27  # bytes of weights that fit in one ONNX file, with room for the graph
@@ -55,7 +58,8 @@ def export_model(model: Backbone, dest: Path, kind: Format) -> Written:
 def export_timm(model: Backbone) -> dict[str, Tensor]:
     """The weights under timm's names, for `load_state_dict` of timm's model of the same sizes.
 
-    timm has no mask token and always takes the mean of a distilled model's two heads.
+    timm has no mask token and always takes the mean of a distilled model's two heads. Where the tensors would
+    fit but timm would compute something else with them, nothing is exported.
     """
     family = type(model).__name__
     if family not in LIKE_TIMM:
@@ -63,7 +67,23 @@ def export_timm(model: Backbone) -> dict[str, Tensor]:
     combine = getattr(model.config, "combine", "mean")
     if combine != "mean":
         raise UserError(f"timm takes the mean of both heads, the model has combine: {combine}; export onnx")
+    for key, same in SAME.items():
+        given = getattr(model.config, key, same)
+        if given != same:
+            raise UserError(f"timm computes {key}: {same}, the model has {given}; export onnx")
+    if isinstance(model, Swin) and model.config.padding == "official" and _pads_a_shift(model):
+        raise UserError(
+            "timm pads after the shift, the model has padding: official and windows that do not divide a "
+            "stage's side; export onnx"
+        )
     return {name: value for name, value in model.state_dict().items() if name not in OURS}
+
+
+def _pads_a_shift(model: Swin) -> bool:
+    """Whether a shifted block has empty slots in its windows; only there the two paddings differ."""
+    height, width = model.config.grid(model.image_size)
+    stages = zip(model.config.depths, plan(f"{height} {width}", model.settings, "cpu"), strict=True)
+    return any(depth > 1 and stage.turn and stage.orders[1].fill for depth, stage in stages)
 
 
 def _save(state: dict[str, Tensor], dest: Path) -> Written:
