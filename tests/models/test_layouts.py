@@ -463,3 +463,13 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "other.pt", "w") as archive:
         archive.writestr("a.txt", "hello")
     refused(tiny(), tmp_path / "other.pt", "damaged, or no checkpoint of torch")
+
+
+@pytest.mark.parametrize("replace", [("haed",), ("head.wei",), ("blocks.9",)])
+def test_a_part_that_is_none_cannot_start_fresh(replace: tuple[str, ...]) -> None:
+    with pytest.raises(UserError, match=f"replace: given '{replace[0]}', which no tensor's name begins with"):
+        load_weights(tiny(), tiny().state_dict(), replace=replace)
+
+
+def test_one_part_as_plain_text() -> None:
+    assert load_weights(tiny(), tiny().state_dict(), replace="head").fresh == ("head.weight", "head.bias")

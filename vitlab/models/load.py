@@ -56,6 +56,7 @@ def load_weights(
     `replace`: prefixes (`head`) that start fresh, and of the weights are left out. `part`: which part of a
     checkpoint with several, as `student`; without it the report says which one was taken.
     """
+    replace = [replace] if isinstance(replace, str) else replace
     where = "weights" if isinstance(source, Mapping) else str(source)
     raw = source if isinstance(source, Mapping) else _read(Path(source).expanduser(), model)
     try:
@@ -65,6 +66,7 @@ def load_weights(
         left = set(layout.leaves(state, model))
         converted = layout.convert({n: v for n, v in state.items() if n not in left}, model)
         fitted, resized = _fitted(converted, model)
+        _named(replace, fitted, model)
         report = load_state(model, fitted, replace=replace)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
@@ -224,6 +226,20 @@ def _recognised(state: State, model: Backbone) -> Layout:
             f"not the names of a {family} ({len(state)} tensors: {some(list(state))}); known: {sources}"
         )
     return OWN
+
+
+def _named(replace: Collection[str], state: State, model: Backbone) -> None:
+    """A prefix of nothing is a slip: what should have started fresh would be loaded in silence."""
+    firsts = list(dict.fromkeys(name.partition(".")[0] for name in (*model.state_dict(), *state)))
+    known = [*model.heads, *(first for first in firsts if first not in model.heads)]
+    for prefix in replace:
+        if prefix not in known and not any(
+            f"{n}.".startswith(f"{prefix}.") for n in (*model.state_dict(), *state)
+        ):
+            raise UserError(
+                f"replace: given {prefix!r}, which no tensor's name begins with; allowed: {some(known)}"
+                f"{nearest(prefix, known)}"
+            )
 
 
 OWN = Layout("vitlab", lambda state, model: True, lambda state, model: state)
