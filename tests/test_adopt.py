@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+import yaml
 
 import vitlab
 from vitlab import Experiment, Run
@@ -151,6 +152,15 @@ def test_a_model_folder_with_its_images(place: Path, tmp_path: Path) -> None:
         UserError, match=r"these know 10 classes \(9, 8, 7 …\), the shards have 10 \(0, 1, 2 …\)"
     ):
         adopt(experiment(folder))
+
+
+def test_a_head_is_covered_by_the_prefix_of_its_part(place: Path, tmp_path: Path) -> None:
+    """CoAtNet's head is `head.fc`."""
+    sizes = "stem_width: 8, dims: [8, 16, 32, 32], depths: [1, 1, 1, 1], in_chans: 1"
+    model = create_model("coatnet_0", num_classes=3, image_size=8, **yaml.safe_load(f"{{{sizes}}}"))
+    save_model(model, tmp_path / "model", preprocess={}, labels=["a", "b", "c"])
+    text = f"adopt={{model: {{name: coatnet_0, {sizes}}}, weights: '{tmp_path / 'model'}', replace: [head]}}"
+    adopt(vitlab.read(TINY, [*ALONE, text]))
 
 
 # ---------------------------------------------------------------- what is refused

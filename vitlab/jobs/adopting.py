@@ -118,7 +118,9 @@ def _compare(made: Mapping[str, Any], images: Mapping[str, Any], note: Callable[
 
 def _same_classes(job: AdoptJob, model: Backbone, made: Mapping[str, Any], shards: Shards) -> None:
     labels = made.get("labels")
-    if labels and labels != shards.classes and not set(model.heads) <= set(job.config.replace):
+    starts = tuple(f"{prefix}." for prefix in job.config.replace)
+    fresh = all(f"{head}.".startswith(starts) for head in model.heads)  # `head` covers `head.fc`
+    if labels and labels != shards.classes and not fresh:
         raise UserError(
             f"adopt.weights: these know {len(labels)} classes ({', '.join(labels[:3])} …), the shards have "
             f"{len(shards.classes)} ({', '.join(shards.classes[:3])} …); {_way(model)}"
