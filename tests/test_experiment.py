@@ -71,6 +71,11 @@ def test_the_experiments_can_be(file: Path) -> None:
             "give distill.model.distilled=true or distill.method.token=false",
         ),
         (
+            "distill.model={name: swin_tiny, in_chans: 1, patch_size: 4}",
+            "distill.method.token: given true, but distill.model has no distillation head; "
+            "give distill.model.name=deit_tiny or distill.method.token=false",
+        ),
+        (
             "pretrain.method.mask_ratio=0.8",
             "pretrain.method.mask_ratio: given 0.8, which leaves no patch of 4 visible; "
             "allowed: above 0, at most 0.75",

@@ -194,6 +194,8 @@ def _method_problems(name: str, stage: TrainConfig, data: ShardsConfig) -> Itera
     method = stage.method
     if isinstance(method, DistillConfig) and method.token and not _two_heads(stage.model):
         more = "combine=mean" if getattr(stage.model, "distilled", False) else "distilled=true"
+        if not isinstance(stage.model, ViTConfig):  # no other family has such a token
+            more = "name=deit_tiny"
         yield (
             f"{name}.method.token: given true, but {name}.model has no distillation head; "
             f"give {name}.model.{more} or {name}.method.token=false"

@@ -305,6 +305,8 @@ def test_models_without_maps_are_refused() -> None:
     fewer = Staged(windows=False, keys=4)
     with pytest.raises(UserError, match=r"attention of layer 1 is 3×16×4 .*allowed for this model: 0"):
         layers_of(fewer, fewer)
+    with pytest.raises(UserError, match=r"has no layer of attention; allowed for this model: 0"):
+        place_all([], [(4, 4)], (16, 16), 0)
     fewer.gives = frozenset({"logits"})
     with pytest.raises(
         UserError, match=r"evaluate\.attention: Staged gives no attention maps; allowed .*: 0"

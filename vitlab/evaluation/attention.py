@@ -166,6 +166,8 @@ def place_all(
     shapes: Sequence[Sequence[int]], grids: Sequence[Size], image_size: Size, prefix: int
 ) -> list[Layer]:
     """`place` of each layer; one line for a model whose tokens cannot be placed."""
+    if not shapes:
+        raise UserError("evaluate.attention: the model has no layer of attention; allowed for this model: 0")
     layers = [place(shape, grids, image_size, prefix) for shape in shapes]
     for number, (layer, shape) in enumerate(zip(layers, shapes, strict=True), 1):
         if layer is None:
