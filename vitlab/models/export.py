@@ -21,7 +21,6 @@ from torch import Tensor
 from vitlab.config import UserError, nearest
 from vitlab.models.features import Backbone
 from vitlab.models.swin import Swin
-from vitlab.models.swin_windows import plan
 from vitlab.models.weights import one_line, size
 
 Format = Literal["onnx", "timm", "safetensors"]
@@ -71,19 +70,12 @@ def export_timm(model: Backbone) -> dict[str, Tensor]:
         given = getattr(model.config, key, same)
         if given != same:
             raise UserError(f"timm computes {key}: {same}, the model has {given}; export onnx")
-    if isinstance(model, Swin) and model.config.padding == "official" and _pads_a_shift(model):
+    if isinstance(model, Swin) and not model.same_in_timm():
         raise UserError(
-            "timm pads after the shift, the model has padding: official and windows that do not divide a "
-            "stage's side; export onnx"
+            "timm pads after the shift, and shifts along a side even if a window spans the other; the model "
+            "has padding: official and windows that do not divide a stage's sides or span one; export onnx"
         )
     return {name: value for name, value in model.state_dict().items() if name not in OURS}
-
-
-def _pads_a_shift(model: Swin) -> bool:
-    """Whether a shifted block has empty slots in its windows; only there the two paddings differ."""
-    height, width = model.config.grid(model.image_size)
-    stages = zip(model.config.depths, plan(f"{height} {width}", model.settings, "cpu"), strict=True)
-    return any(depth > 1 and stage.turn and stage.orders[1].fill for depth, stage in stages)
 
 
 def _save(state: dict[str, Tensor], dest: Path) -> Written:
