@@ -18,7 +18,7 @@ from vitlab import Experiment, Run
 from vitlab.config import UserError
 from vitlab.data import Shards
 from vitlab.face import Face
-from vitlab.jobs import adopting
+from vitlab.jobs import adopting, fetching
 from vitlab.models import create_model, load_model, save_model
 
 TINY = Path(__file__).parent / "integration" / "tiny.yaml"
@@ -137,6 +137,17 @@ def test_a_start_from_an_earlier_run(place: Path, tmp_path: Path) -> None:
     ours, theirs = (load_model(a.folder).model.state_dict() for a in (start, first))
     same = {name for name in ours if torch.equal(ours[name], theirs[name])}
     assert ours.keys() - same == {"head.weight"}  # either bias is zero
+
+
+def test_a_run_by_the_first_letters_of_its_id(place: Path, tmp_path: Path) -> None:
+    first, _, _ = adopt(experiment(saved(tmp_path / "a.pth")))
+    assert fetching.load(f"runs:/{first.run_id[:8]}/model").model.num_classes == 10
+    for name in ("abc", "0123456789", "a'b%"):
+        with pytest.raises(
+            UserError, match=r"runs:/.*: no such run in this store; the id stands in"
+        ) as error:
+            fetching.load(f"runs:/{name}/model")
+        assert "\n" not in str(error.value)
 
 
 def test_a_model_folder_with_its_images(place: Path, tmp_path: Path) -> None:

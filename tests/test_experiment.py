@@ -254,3 +254,24 @@ def test_a_run_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VITLAB_HOME", str(tmp_path / "home"))
     with pytest.raises(UserError, match=r"evaluate\.split: given 'held_out'; the shards have: train, val"):
         _run(["data.held_out=0"], "mine")
+
+
+@pytest.mark.parametrize(
+    ("model", "line"),
+    [
+        ("{name: cvt_13, in_chans: 1, depths: [1, 1, 1]}", "attention of layer 1 is 1×"),
+        ("{name: torchvision, arch: resnet18, in_chans: 1}", "Borrowed gives no attention maps"),
+        ("{name: coatnet_0, in_chans: 1, layout: C-C-C-C}", "gives no attention maps"),
+    ],
+)
+def test_attention_that_cannot_be_drawn_is_refused_before_the_training(model: str, line: str) -> None:
+    found = refused("evaluate.attention=4", f"finetune.model={model}", "tune=null")
+    assert found.startswith("finetune.model.name: given ")
+    assert line in found
+
+
+def test_attention_that_can_be_drawn_is_not_refused() -> None:
+    sizes = "patch_size: 1, embed_dim: 12, depths: [2, 2], num_heads: [1, 2], window_size: 4"
+    swin = f"{{name: swin_tiny, in_chans: 1, {sizes}}}"
+    read(TINY, ["evaluate.attention=4", f"finetune.model={swin}", "tune=null"])
+    read(TINY, ["evaluate.attention=4"])

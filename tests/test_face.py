@@ -213,3 +213,11 @@ def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
         line.progress(1, 2, {})
     face.table("t")
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_wait_is_said(terminal: bool) -> None:
+    face, out = faced(terminal)
+    with face.waiting("counting"):
+        pass
+    assert "counting" in out.getvalue()

@@ -142,13 +142,17 @@ def main() -> None:
         epilog="example: vitlab bench step vit_small swin_tiny --json step.json",
     )
     bench.add_argument("what", choices=["step"], help="step: forward, backward and optimizer of a model")
-    bench.add_argument("cases", nargs="*", help="which models; default: all that have a peer")
+    bench.add_argument(
+        "cases", nargs="*", help="of vit_small, deit_small, swin_tiny, coatnet_0, cvt_13, mae; default: all"
+    )
     bench.add_argument("--batch", type=int, default=8, help="images of a step (8)")
     bench.add_argument("--image-size", type=int, default=224, help="pixels a side (224)")
     bench.add_argument("--rounds", type=int, default=9, help="measured rounds; medians are shown (9)")
     bench.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (all cores)")
     bench.add_argument("--compile", action="store_true", help="our side by torch.compile, the peer eager")
-    bench.add_argument("--precision", choices=["fp32", "bf16", "auto"], default="fp32")
+    bench.add_argument(
+        "--precision", choices=["fp32", "bf16", "auto"], default="fp32", help="auto: bf16 on GPUs (fp32)"
+    )
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     bench.set_defaults(action=_bench)
 
@@ -193,6 +197,8 @@ def _bench(given: argparse.Namespace) -> None:
     from vitlab.dist import device
     from vitlab.face import Face
 
+    if given.json is not None:
+        _writable(given.json)
     names = ("batch", "image_size", "rounds", "threads", "compile", "precision")
     options = StepOptions(**{name: getattr(given, name) for name in names})
     rows = bench_step(given.cases, options, lambda text: Face().print(f"  {text}"))
@@ -206,16 +212,22 @@ def _export(given: argparse.Namespace) -> None:
     from vitlab.jobs.fetching import load
     from vitlab.models import export_model
 
-    written = export_model(load(given.model).model, given.dest, given.format)
+    face = Face()
+    with face.waiting(f"writing {given.dest} and reading it back"):
+        written = export_model(load(given.model).model, given.dest, given.format)
     check = f"largest difference from the model {written.difference:.1e}" if written.difference else "equal"
-    Face().print(f"{written.path}: {written.bytes / 1000:,.0f} kB, read back: {check}")
+    face.print(f"{written.path}: {written.bytes / 1000:,.0f} kB, read back: {check}")
 
 
 def _models(given: argparse.Namespace) -> None:
     from vitlab.face import Face
     from vitlab.models.cost import costs
 
-    face, rows = Face(), list(costs())
+    face = Face()
+    if given.json is not None:
+        _writable(given.json)
+    with face.waiting("counting the parameters and operations of every preset"):
+        rows = list(costs())
     if given.json is not None:
         text = json.dumps([row._asdict() for row in rows], indent=2)
         given.json.write_text(text + "\n", "utf8")
@@ -226,6 +238,14 @@ def _models(given: argparse.Namespace) -> None:
     )
     face.print("GFLOPs: 1e9 multiply-adds of one image forward; 10 classes at image size 32, else 1000")
     face.print("torchvision, timm: any classifier by its name there, as {name: timm, arch: regnety_160}")
+
+
+def _writable(file: Path) -> None:
+    """Before the work, not after it."""
+    from vitlab.config import UserError
+
+    if file.is_dir() or not file.parent.is_dir():
+        raise UserError(f"--json: {file}: a file in a folder that exists is needed")
 
 
 def _ui(given: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, overload
 
+import torch
 from pydantic import Field, model_validator
 
 from vitlab.config import Config, UserError, build, free, load, resolved
@@ -16,8 +17,9 @@ from vitlab.data import AugmentConfig, Shards, ShardsConfig
 from vitlab.engine.launch import ClusterConfig
 from vitlab.engine.loop import LoopConfig
 from vitlab.evaluation import EvaluateConfig
+from vitlab.evaluation.attention import layers_of
 from vitlab.methods import METHODS, DistillConfig, MAEConfig, MethodConfig
-from vitlab.models import ModelConfig, ViTConfig
+from vitlab.models import ModelConfig, ViTConfig, from_config
 from vitlab.models.borrowed import BorrowedConfig
 from vitlab.tracking import TrackingConfig
 from vitlab.wording import show
@@ -144,10 +146,22 @@ def _problems(experiment: Experiment) -> Iterator[str]:
         section = getattr(experiment, name)
         if section is not None:
             yield from _stage_problems(name, section, data, max(1, cluster.workers))
+        if section is not None and experiment.evaluate.attention and name != "pretrain":
+            yield from _unseen(name, section.model, data.image_size)
     if experiment.adopt is not None:
         yield from _model_problems("adopt", experiment.adopt.model, data)
     if experiment.tune is not None:
         yield from _tune_problems(experiment.tune, experiment)
+
+
+def _unseen(name: str, model: ModelConfig, side: int) -> Iterator[str]:
+    """Whether attention can be drawn is tried on a model without memory."""
+    try:
+        with torch.device("meta"):
+            made = from_config(model, num_classes=1, image_size=side).eval()
+        layers_of(lambda images, want: made(images, want), made)
+    except UserError as error:
+        yield f"{name}.model.name: given {model.name!r}; {error}"
 
 
 def _worker_problems(key: str, workers: int, data: ShardsConfig) -> Iterator[str]:

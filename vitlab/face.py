@@ -126,6 +126,16 @@ class Face:
         with Progress(*columns, console=self.console, transient=True) as bar:
             yield Line(self, name, bar)
 
+    @contextmanager
+    def waiting(self, text: str) -> Iterator[None]:
+        """Says what takes a while: beside a spinner on a terminal, in a line elsewhere."""
+        if self.console.is_terminal:
+            with self.console.status(Text(text)):
+                yield
+        else:
+            self.print(f"  {text}")
+            yield
+
     def done(self, row: Row) -> None:
         self.rows.append(row)
         mark = {"hit": "•", "resumed": "↻", "ran": "✓"}.get(row.outcome, " ")

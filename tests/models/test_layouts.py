@@ -473,3 +473,13 @@ def test_a_part_that_is_none_cannot_start_fresh(replace: tuple[str, ...]) -> Non
 
 def test_one_part_as_plain_text() -> None:
     assert load_weights(tiny(), tiny().state_dict(), replace="head").fresh == ("head.weight", "head.bias")
+
+
+def test_weights_of_another_family_are_recognised() -> None:
+    vit, swin, cvt = (small(name) for name in ("vit_tiny", "swin_tiny", "cvt_13"))
+    state = vit.state_dict()
+    refused(
+        swin, state, r"weights of a ViT \(timm\), but the model is a Swin; give weights of this one, or build"
+    )
+    refused(cvt, state, r"weights of a ViT \(timm\), but the model is a CvT")
+    refused(vit, cvt.state_dict(), r"weights of a CvT \(microsoft/CvT\), but the model is a ViT")

@@ -289,6 +289,14 @@ def test_wrong_calls() -> None:
         model(torch.zeros(1, 3, 16, 18))
     with pytest.raises(UserError, match=r"images: given 1×1×16×16; expected B×3×height×width"):
         model(torch.zeros(1, 1, 16, 16))
+    with pytest.raises(UserError, match=r"images: given torch.uint8; expected normalised floating-point"):
+        model(x.to(torch.uint8))
+    with pytest.raises(UserError, match=r"mask: given 1×9 of torch.bool; expected 1×16 of torch.bool"):
+        small(mask_token=True)(x, mask=mask[:, :9])
+    with pytest.raises(UserError, match=r"mask: given 1×16 of torch.float32; expected 1×16 of torch.bool"):
+        small(mask_token=True)(x, mask=mask.float())
+    with pytest.raises(UserError, match=r"keep: given 2×2 of torch.int64; expected 1×2 of torch.int64"):
+        model(x, keep=keep.expand(2, 2))
     with pytest.raises(UserError, match="the model has no mask token"):
         model(x, mask=mask)
     with pytest.raises(UserError, match="keep: given with a mask"):

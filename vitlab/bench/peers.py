@@ -64,7 +64,8 @@ def timm_pair(name: str, arch: str, image_size: int) -> Pair:
         {} if arch.startswith("coatnet") and image_size == 224 else {"img_size": image_size}
     )
     theirs = timm.create_model(arch, num_classes=CLASSES, drop_path_rate=0.0, **size)
-    ours = create_model(name, num_classes=CLASSES, image_size=image_size)
+    way = {"padding": "timm"} if name.startswith("swin") else {}
+    ours = create_model(name, num_classes=CLASSES, image_size=image_size, **way)
     load_weights(ours, theirs.state_dict())
     return Pair(f"timm {timm.__version__}", Classifier(ours), Classifier(theirs))
 

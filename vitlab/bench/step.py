@@ -52,6 +52,9 @@ def bench_step(
     for name in names:
         if name not in CASES:
             raise UserError(f"bench step: given '{name}'; allowed: {', '.join(CASES)}{nearest(name, CASES)}")
+    for key in ("batch", "rounds", "threads", "image_size"):
+        if getattr(options, key) < 1:
+            raise UserError(f"bench step: {key}: given {getattr(options, key)}; allowed: 1 or more")
     torch.set_num_threads(options.threads)
     return [_row(name, options, say) for name in names or CASES]
 

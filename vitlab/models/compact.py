@@ -12,8 +12,8 @@ class token first, and know nothing of rows.
 
 Departures and choices:
 - attention dropout and drop path are 0 unless asked for; the authors train with 0.1 each.
-- learned positions of another grid are bicubic, in the forward and for weights; the authors' are bilinear,
-  of square grids, and for weights alone. Fixed positions are computed anew.
+- learned positions of another grid are bilinear, as the authors' are for weights; here in the forward too.
+  Fixed positions are computed anew.
 - fixed positions are a buffer that is saved, as the authors' frozen parameter is.
 - maxima are taken before the ReLU, which gives the same numbers from a quarter of the work.
 - with a class token, the last block computes that token alone, unless more is wanted.

@@ -150,5 +150,5 @@ def along(count: int, dim: int) -> Tensor:
 
 
 def between(table: Tensor, prefix: int, old: Size, new: Size) -> Tensor:
-    """Learned positions 1 (P + N) D of one grid for another; those of the prefix stay."""
-    return torch.cat([table[:, :prefix], resample(table[:, prefix:], old, new)], dim=1)
+    """Learned positions 1 (P + N) D of one grid for another, bilinear; those of the prefix stay."""
+    return torch.cat([table[:, :prefix], resample(table[:, prefix:], old, new, "bilinear")], dim=1)

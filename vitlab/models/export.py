@@ -62,7 +62,7 @@ def export_timm(model: Backbone) -> dict[str, Tensor]:
     """
     family = type(model).__name__
     if family not in LIKE_TIMM:
-        raise UserError(f"timm has no {family}; formats for it: onnx, safetensors")
+        raise UserError(f"no names of timm for a {family}; formats for it: onnx, safetensors")
     combine = getattr(model.config, "combine", "mean")
     if combine != "mean":
         raise UserError(f"timm takes the mean of both heads, the model has combine: {combine}; export onnx")

@@ -101,6 +101,8 @@ class Backbone(nn.Module):
         if images.ndim != 4 or images.shape[1] != self.config.in_chans:
             given = "×".join(str(side) for side in images.shape)
             raise UserError(f"images: given {given}; expected B×{self.config.in_chans}×height×width")
+        if not images.is_floating_point():
+            raise UserError(f"images: given {images.dtype}; expected normalised floating-point numbers")
         for name in sorted(want - self.gives):
             raise UserError(
                 f"want: given '{name}', which this {family} does not have; "
@@ -110,6 +112,11 @@ class Backbone(nn.Module):
             raise UserError(f"keep: {family} needs every patch; leave keep out, or mask patches instead")
         if mask is not None and not getattr(self.config, "mask_token", False):
             raise UserError("mask: the model has no mask token; build it with mask_token: true")
+        if mask is not None:
+            rows, columns = self.config.grid((images.shape[2], images.shape[3]))
+            _refuse_shape("mask", mask, (images.shape[0], rows * columns), torch.bool)
+        if keep is not None:
+            _refuse_shape("keep", keep, (images.shape[0], keep.shape[-1] if keep.ndim else 0), torch.int64)
         if keep is not None and (mask is not None or "pyramid" in want):
             raise UserError(
                 "keep: given with a mask or a wanted pyramid, which need every patch; leave one out"
@@ -144,6 +151,12 @@ class Backbone(nn.Module):
     def no_decay(self) -> set[str]:
         """Parameters that weight decay leaves alone although they have more than one dimension."""
         raise NotImplementedError
+
+
+def _refuse_shape(name: str, given: Tensor, shape: Size, dtype: torch.dtype) -> None:
+    if tuple(given.shape) != shape or given.dtype != dtype:
+        found, wanted = ("×".join(str(side) for side in sides) for sides in (given.shape, shape))
+        raise UserError(f"{name}: given {found} of {given.dtype}; expected {wanted} of {dtype}")
 
 
 def grid_of(image_size: Size, patch_size: int) -> Size:

@@ -74,12 +74,12 @@ def sincos(dim: int, grid: tuple[int, int], prefix: int) -> Tensor:
     return torch.cat([waves.new_zeros(prefix, dim), waves])[None].float()
 
 
-def resample(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Positions of one grid (1 N D, row by row) for another: bicubic, as in the code of DeiT and MAE."""
+def resample(table: Tensor, old: tuple[int, int], new: tuple[int, int], mode: str = "bicubic") -> Tensor:
+    """Positions of one grid (1 N D, row by row) for another: bicubic as in the code of DeiT and MAE."""
     if old == new:
         return table
     image = table.reshape(len(table), *old, -1).movedim(3, 1)
-    fine = F.interpolate(image.to(torch.promote_types(table.dtype, torch.float32)), new, mode="bicubic")
+    fine = F.interpolate(image.to(torch.promote_types(table.dtype, torch.float32)), new, mode=mode)
     return fine.to(table.dtype).movedim(1, 3).flatten(1, 2)
 
 

@@ -219,6 +219,8 @@ def _recognised(state: State, model: Backbone) -> Layout:
         raise UserError(f"the names are of {names} at once; give the tensors of one model")
     if fits:
         return fits[0]
+    if 2 * len(state.keys() & model.state_dict().keys()) < len(state):
+        _refuse_other_families(state, model)
     if not state.keys() & model.state_dict().keys():
         sources = ", ".join(layout.source for layout in known) or "vitlab"
         family = type(model).__name__
@@ -226,6 +228,16 @@ def _recognised(state: State, model: Backbone) -> Layout:
             f"not the names of a {family} ({len(state)} tensors: {some(list(state))}); known: {sources}"
         )
     return OWN
+
+
+def _refuse_other_families(state: State, model: Backbone) -> None:
+    for family, layouts in LAYOUTS.items():
+        for layout in layouts:
+            if not isinstance(model, family) and layout.fits(state, model):
+                raise UserError(
+                    f"weights of a {family.__name__} ({layout.source}), but the model is a "
+                    f"{type(model).__name__}; give weights of this one, or build that one"
+                )
 
 
 def _named(replace: Collection[str], state: State, model: Backbone) -> None:

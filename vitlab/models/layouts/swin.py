@@ -51,7 +51,7 @@ def _computed(state: Mapping[str, Tensor], model: Backbone) -> list[str]:
 
 def _is_microsoft(state: Mapping[str, Tensor], model: Backbone) -> bool:
     """A stage that merges at its end, or, with one stage alone, a head without `fc`."""
-    return "patch_embed.proj.weight" in state and (
+    return "layers.0.blocks.0.norm1.weight" in state and (
         "layers.0.downsample.reduction.weight" in state or "head.weight" in state
     )
 
