@@ -261,7 +261,7 @@ def test_a_run_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("{name: cvt_13, in_chans: 1, depths: [1, 1, 1]}", "attention of layer 1 is 1×"),
         ("{name: torchvision, arch: resnet18, in_chans: 1}", "Borrowed gives no attention maps"),
-        ("{name: coatnet_0, in_chans: 1, layout: C-C-C-C}", "gives no attention maps"),
+        ("{name: coatnet_0, in_chans: 1, layout: C-C-C-C}", "the model has no layer of attention"),
     ],
 )
 def test_attention_that_cannot_be_drawn_is_refused_before_the_training(model: str, line: str) -> None:
