@@ -16,7 +16,7 @@ from vitlab.config import UserError, build
 from vitlab.models import Backbone, create_model, load_model, load_weights, save_model
 from vitlab.models.borrowed import Borrowed, BorrowedConfig, NormAct
 from vitlab.models.layouts.borrowed import LAYOUTS
-from vitlab.models.norm import BatchNorm2d
+from vitlab.models.parts.norm import BatchNorm2d
 
 SIDE = 32
 NETS = [("torchvision", "regnet_y_400mf"), ("torchvision", "resnet18"), ("timm", "regnety_002")]

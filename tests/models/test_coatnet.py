@@ -15,10 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vitlab.config import UserError, build, resolved
 from vitlab.models.coatnet import PRESETS, CoAtNet, CoAtNetConfig, Name
-from vitlab.models.coatnet_layers import MBConv, Places, Transformer
 from vitlab.models.features import Size
-from vitlab.models.layers import SampleDrop
 from vitlab.models.layouts.coatnet import LAYOUTS
+from vitlab.models.parts.coatnet import MBConv, Places, Transformer
+from vitlab.models.parts.transformer import SampleDrop
 
 SMALL: dict[str, Any] = {"stem_width": 16, "dims": (16, 32, 64, 96), "depths": (1, 2, 2, 1)}
 HALVES = {

@@ -17,9 +17,9 @@ from vitlab.batch import uniform
 from vitlab.config import UserError, build, resolved
 from vitlab.models import MODELS, create_model, load_model, load_state, load_weights, save_model
 from vitlab.models.compact import PRESETS, Compact, CompactConfig, Name
-from vitlab.models.compact_layers import along
-from vitlab.models.layers import SampleDrop
 from vitlab.models.layouts.compact import LAYOUTS
+from vitlab.models.parts.compact import along
+from vitlab.models.parts.transformer import SampleDrop
 
 SIZES = {"embed_dim": 24, "depth": 3, "num_heads": 3, "mlp_ratio": 1.5}
 POSITIONS = {"learned": "learnable", "sincos": "sine", "none": "none"}

@@ -14,9 +14,9 @@ from transformers.activations import QuickGELUActivation
 from vitlab.config import UserError, build, resolved
 from vitlab.models import MODELS, load_state, load_weights
 from vitlab.models.cvt import PRESETS, CvT, CvTConfig, Name
-from vitlab.models.layers import SampleDrop
 from vitlab.models.layouts.cvt import LAYOUTS
-from vitlab.models.norm import BatchNorm2d
+from vitlab.models.parts.norm import BatchNorm2d
+from vitlab.models.parts.transformer import SampleDrop
 
 SIZES: dict[str, Any] = {"embed_dims": [8, 16, 24], "num_heads": [1, 2, 3], "depths": [1, 2, 3]}
 HUGGING = {"embed_dim": (8, 16, 24), "num_heads": (1, 2, 3), "depth": (1, 2, 3), "num_labels": 7}

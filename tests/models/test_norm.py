@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitlab.models.features import Backbone
-from vitlab.models.norm import BatchNorm2d
+from vitlab.models.parts.norm import BatchNorm2d
 
 STEPS = 3
 SIZES = {2: [5, 3], 3: [4, 1, 3]}  # workers → samples of each: never the same number

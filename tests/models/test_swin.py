@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from vitlab.config import UserError, build, resolved
 from vitlab.models import create_model
 from vitlab.models.features import Features
-from vitlab.models.layers import SampleDrop
 from vitlab.models.layouts.swin import LAYOUTS
+from vitlab.models.parts.transformer import SampleDrop
+from vitlab.models.parts.windows import plan
 from vitlab.models.swin import PRESETS, Name, Swin, SwinConfig
-from vitlab.models.swin_windows import plan
 
 SMALL = {"patch_size": 2, "embed_dim": 8, "depths": (2, 1, 2), "num_heads": (1, 2, 4), "window_size": 4}
 MICROSOFT, SIMMIM, HUGGING_FACE = LAYOUTS

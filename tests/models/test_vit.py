@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vitlab.batch import uniform
 from vitlab.config import UserError, build, resolved
 from vitlab.models import MODELS, Features, ViT, ViTConfig, create_model
-from vitlab.models.layers import SampleDrop, sincos
+from vitlab.models.parts.transformer import SampleDrop, sincos
 from vitlab.models.vit import PRESETS, Name
 
 SMALL = {"patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 4}

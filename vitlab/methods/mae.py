@@ -25,7 +25,7 @@ from vitlab.batch import Batch, View, uniform
 from vitlab.config import Config, UserError
 from vitlab.methods.base import Losses, Method, full
 from vitlab.models import ViT
-from vitlab.models.layers import Block, cut, pick, sincos
+from vitlab.models.parts.transformer import Block, cut, pick, sincos
 from vitlab.models.vit import init_linears
 
 

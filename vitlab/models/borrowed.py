@@ -38,7 +38,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from vitlab.config import UserError, nearest
 from vitlab.models.features import Backbone, BackboneConfig, Features, Size, wanted
-from vitlab.models.norm import BatchNorm2d
+from vitlab.models.parts.norm import BatchNorm2d
 
 PRESETS: dict[str, dict[str, Any]] = {"torchvision": {}, "timm": {}}  # the sizes are in `arch`
 STRIDE = 32  # pixels of the image for one place of the last map, in nearly all of these nets

@@ -1,7 +1,7 @@
 """CoAtNet: convolution in the early stages, attention with a relative bias in the late ones.
 
 Paper: Dai et al. 2021 (arXiv 2106.04803). Names, sizes and numbers are those of timm's `coatnet_0_224` …
-`coatnet_4_224`; the convolutions are in `coatnet_layers.py`.
+`coatnet_4_224`; the convolutions are in `parts/coatnet.py`.
 
 Where timm departs from the paper, `downsample` decides: `timm` pools by means and takes the stride in the
 depth-wise convolution; `paper` pools by maxima and takes it in the 1×1 convolution before.
@@ -32,7 +32,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from vitlab.config import UserError
-from vitlab.models.coatnet_layers import (
+from vitlab.models.features import Backbone, BackboneConfig, Features, Size, wanted
+from vitlab.models.parts.coatnet import (
     HEAD_WIDTH,
     Downsample,
     Head,
@@ -46,7 +47,6 @@ from vitlab.models.coatnet_layers import (
     shrunk,
     stretched,
 )
-from vitlab.models.features import Backbone, BackboneConfig, Features, Size, wanted
 
 PRESETS: dict[str, dict[str, Any]] = {
     "coatnet_0": {"stem_width": 64, "dims": (96, 192, 384, 768), "depths": (2, 3, 5, 2)},

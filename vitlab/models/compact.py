@@ -35,9 +35,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from vitlab.config import UserError
-from vitlab.models.compact_layers import MAXIMUM, Layer, Tokenizer, along, between
 from vitlab.models.features import Backbone, BackboneConfig, Features, Size, grid_of, wanted
-from vitlab.models.layers import SampleDrop
+from vitlab.models.parts.compact import MAXIMUM, Layer, Tokenizer, along, between
+from vitlab.models.parts.transformer import SampleDrop
 
 SIZES: dict[int, dict[str, Any]] = {
     2: {"embed_dim": 128, "depth": 2, "num_heads": 2, "mlp_ratio": 1.0},

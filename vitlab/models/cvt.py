@@ -33,9 +33,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from vitlab.config import UserError
-from vitlab.models.cvt_layers import Block, ConvEmbed, to_image
 from vitlab.models.features import Backbone, BackboneConfig, Features, Size, wanted
-from vitlab.models.layers import resample
+from vitlab.models.parts.cvt import Block, ConvEmbed, to_image
+from vitlab.models.parts.transformer import resample
 
 PRESETS: dict[str, dict[str, Any]] = {
     "cvt_13": {"embed_dims": (64, 192, 384), "num_heads": (1, 3, 6), "depths": (1, 2, 10)},

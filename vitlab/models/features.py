@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitlab.config import Config, UserError, nearest
-from vitlab.models.norm import BatchNorm2d, repeating
+from vitlab.models.parts.norm import BatchNorm2d, repeating
 
 Size = tuple[int, int]  # height, width
 

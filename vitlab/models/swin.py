@@ -39,8 +39,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from vitlab.models.features import Backbone, BackboneConfig, Features, Size, grid_of, wanted
-from vitlab.models.swin_layers import Block, Patches, PatchMerging
-from vitlab.models.swin_windows import (
+from vitlab.models.parts.swin import Block, Patches, PatchMerging
+from vitlab.models.parts.windows import (
     Padding,
     Stage,
     merged,

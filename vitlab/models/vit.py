@@ -35,7 +35,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from vitlab.models.features import NAMES, Backbone, BackboneConfig, Features, Size, grid_of, wanted
-from vitlab.models.layers import Block, PatchEmbed, SampleDrop, pick, resample, sincos
+from vitlab.models.parts.transformer import Block, PatchEmbed, SampleDrop, pick, resample, sincos
 
 PRESETS: dict[str, dict[str, Any]] = {
     "vit_tiny": {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3},

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from vitlab.models.features import Size
-from vitlab.models.layers import Mlp, PatchProjection, SampleDrop, cut
-from vitlab.models.swin_windows import Move, Order, move
+from vitlab.models.parts.transformer import Mlp, PatchProjection, SampleDrop, cut
+from vitlab.models.parts.windows import Move, Order, move
 
 APART = -100.0  # added to the scores of two slots that the shift brought together
 TINY = torch.finfo(

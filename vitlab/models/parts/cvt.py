@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitlab.models.features import Size
-from vitlab.models.layers import SampleDrop
-from vitlab.models.norm import BatchNorm2d
+from vitlab.models.parts.norm import BatchNorm2d
+from vitlab.models.parts.transformer import SampleDrop
 
 KERNEL, PADDING = 3, 1  # of the convolutions before the dense layers of Q, K and V
 QUICK = 1.702  # the factor in the quick GELU

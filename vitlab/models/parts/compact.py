@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitlab.models.features import Size
-from vitlab.models.layers import PatchProjection, SampleDrop, cut, resample
+from vitlab.models.parts.transformer import PatchProjection, SampleDrop, cut, resample
 
 MAXIMUM = (3, 2, 1)  # kernel, stride and padding of the pooling behind every convolution
 BETWEEN = 64  # channels between two convolutions

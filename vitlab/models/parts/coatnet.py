@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitlab.models.features import Size
-from vitlab.models.layers import SampleDrop
-from vitlab.models.norm import BatchNorm2d
+from vitlab.models.parts.norm import BatchNorm2d
+from vitlab.models.parts.transformer import SampleDrop
 
 EXPANSION = 4  # of an MBConv block, and of an MLP
 HEAD_WIDTH = 32
