@@ -107,7 +107,7 @@ def test_the_experiments_can_be(file: Path) -> None:
         ),
         (
             "tune.space={model.patch_size: [4, 3]}",
-            "tune.space: finetune.model: data.image_size 8 is not divisible by patch_size 3; nearest: 6 or 9",
+            "tune.space: finetune.model.patch_size: given 3; it must divide data.image_size=8",
         ),
         ("tune.space={method.name: [mae]}", "tune.space: finetune.method"),
         (

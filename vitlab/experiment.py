@@ -171,8 +171,12 @@ def _worker_problems(key: str, workers: int, data: ShardsConfig) -> Iterator[str
 
 
 def _model_problems(name: str, model: ModelConfig, data: ShardsConfig) -> Iterator[str]:
+    side, patch = data.image_size, getattr(model, "patch_size", None) or 1
+    if side % patch:
+        allowed = _divisors(side)
+        yield f"{name}.model.patch_size: given {patch}; it must divide data.image_size={side}, allowed: {allowed}"
     try:
-        model.grid((data.image_size, data.image_size))
+        model.grid((side, side))
     except UserError as error:
         yield f"{name}.model: data.{error}"
     if model.in_chans != data.channels:
