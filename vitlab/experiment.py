@@ -173,8 +173,8 @@ def _worker_problems(key: str, workers: int, data: ShardsConfig) -> Iterator[str
 def _model_problems(name: str, model: ModelConfig, data: ShardsConfig) -> Iterator[str]:
     side, patch = data.image_size, getattr(model, "patch_size", None) or 1
     if side % patch:
-        allowed = _divisors(side)
-        yield f"{name}.model.patch_size: given {patch}; it must divide data.image_size={side}, allowed: {allowed}"
+        rule = f"it must divide data.image_size={side}, allowed: {_divisors(side)}"
+        yield f"{name}.model.patch_size: given {patch}; {rule}"
     try:
         model.grid((side, side))
     except UserError as error:
