@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -132,3 +134,21 @@ def test_top_level() -> None:
     allowed = {"pipelines", "vitlab", "cluster", "tests", "experiments", "docs"}
     built = {"runs", "build", "dist", "vitlab.egg-info", "__pycache__"}
     assert folders - built <= allowed
+
+
+def test_a_start_is_light() -> None:
+    """Seconds of every command and worker: what only some jobs need is imported by them."""
+    heavy = [
+        "torch._dynamo",
+        "ray",
+        "deepspeed",
+        "mlflow",
+        "datasets",
+        "torchvision",
+        "timm",
+        "matplotlib",
+        "onnx",
+    ]
+    code = f"import sys, vitlab.experiment; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
