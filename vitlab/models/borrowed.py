@@ -26,7 +26,6 @@ Letters: B samples, C channels, D what the head reads.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any, Literal
 
 import torch
@@ -37,7 +36,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from vitlab.config import UserError, nearest
-from vitlab.models.features import Backbone, BackboneConfig, Features, Size, wanted
+from vitlab.models.features import Backbone, BackboneConfig, Features, Size
 from vitlab.models.parts.norm import BatchNorm2d
 
 PRESETS: dict[str, dict[str, Any]] = {"torchvision": {}, "timm": {}}  # the sizes are in `arch`
@@ -113,25 +112,22 @@ class Borrowed(Backbone):
             raise UserError(f"arch: given '{config.arch}', which does more after its last dense layer")
         self.net.train()
 
-    def forward(
+    def compute(
         self,
         images: Tensor,
-        want: Collection[str] = (),
-        *,
-        keep: Tensor | None = None,
-        mask: Tensor | None = None,
-        seeds: Tensor | None = None,
+        want: frozenset[str],
+        keep: Tensor | None,
+        mask: Tensor | None,
+        seeds: Tensor | None,
     ) -> Tensor | Features:
-        """Nothing wanted: logits. `seeds` change nothing: these nets have no randomness left."""
-        names = wanted(want)
-        self.refuse(images, names, keep, mask)
+        """`seeds` change nothing: these nets have no randomness left."""
         pooled = self.net(images)
-        if names == {"pooled"}:
+        if want == {"pooled"}:
             return Features(pooled=pooled)
         logits: Tensor = self.head(pooled)
-        if not names:
+        if not want:
             return logits
-        return Features(logits=logits, pooled=pooled if "pooled" in names else None)
+        return Features(logits=logits, pooled=pooled if "pooled" in want else None)
 
     @property
     def num_layers(self) -> int:

@@ -25,14 +25,13 @@ Letters: B samples, C channels, Y and X sides of a map, N = Y·X, D width, H hea
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from vitlab.config import UserError
-from vitlab.models.features import Backbone, BackboneConfig, Features, Size, wanted
+from vitlab.models.features import Backbone, BackboneConfig, Features, Size
 from vitlab.models.parts.coatnet import (
     HEAD_WIDTH,
     Downsample,
@@ -130,27 +129,24 @@ class CoAtNet(Backbone):
         """The blocks of each stage."""
         return [list(stage.get_submodule("blocks").children()) for stage in self.stages]
 
-    def forward(
+    def compute(
         self,
         images: Tensor,
-        want: Collection[str] = (),
-        *,
-        keep: Tensor | None = None,
-        mask: Tensor | None = None,
-        seeds: Tensor | None = None,
+        want: frozenset[str],
+        keep: Tensor | None,
+        mask: Tensor | None,
+        seeds: Tensor | None,
     ) -> Tensor | Features:
-        names = wanted(want)
-        self.refuse(images, names, keep, mask)
         x, pyramid, attentions = self.stem(images), [], []
         for stage in self._stages():
             for block in stage:
                 if isinstance(block, MBConv):
                     x = self.run(block, x, seeds)
                 else:
-                    x, found = self.run(block, x, seeds, "attentions" in names)
+                    x, found = self.run(block, x, seeds, "attentions" in want)
                     attentions.append(found)
             pyramid.append(x)
-        return self._read(x, names, {"pyramid": pyramid, "attentions": attentions})
+        return self._read(x, want, {"pyramid": pyramid, "attentions": attentions})
 
     def _read(self, x: Tensor, want: frozenset[str], found: dict[str, Any]) -> Tensor | Features:
         """Last map, B D Y X → logits or features."""

@@ -27,7 +27,7 @@ Letters: B samples, N patches, P prefix tokens (1 or 0), T = P + N, Q queries, D
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -35,7 +35,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from vitlab.config import UserError
-from vitlab.models.features import Backbone, BackboneConfig, Features, Size, grid_of, wanted
+from vitlab.models.features import Backbone, BackboneConfig, Features, Size, grid_of
 from vitlab.models.parts.compact import MAXIMUM, Layer, Tokenizer, along, between
 from vitlab.models.parts.transformer import SampleDrop
 
@@ -275,24 +275,20 @@ class Compact(Backbone):
             if name in TOKENS[1:]:
                 nn.init.trunc_normal_(value, std=0.2 if name == TOKENS[1] else 0.02)
 
-    def forward(
+    def compute(
         self,
         images: Tensor,
-        want: Collection[str] = (),
-        *,
-        keep: Tensor | None = None,
-        mask: Tensor | None = None,
-        seeds: Tensor | None = None,
+        want: frozenset[str],
+        keep: Tensor | None,
+        mask: Tensor | None,
+        seeds: Tensor | None,
     ) -> Tensor | Features:
-        """See `Backbone`. Images may be of another size than the model was made for."""
-        names = wanted(want)
-        self.refuse(images, names, keep, mask)
         grid = self.config.grid((images.shape[2], images.shape[3]))
-        found = self.classifier(self.tokenizer(images), grid, names, mask, seeds, self.run)
-        if not names:
+        found = self.classifier(self.tokenizer(images), grid, want, mask, seeds, self.run)
+        if not want:
             logits: Tensor = found["logits"]
             return logits
-        return Features(**{name: found[name] for name in names})
+        return Features(**{name: found[name] for name in want})
 
     def resized(self, name: str, value: Tensor) -> Tensor | None:
         """Positions of another square grid; fixed ones are computed."""

@@ -25,7 +25,7 @@ C channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import torch
@@ -33,7 +33,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from vitlab.config import UserError
-from vitlab.models.features import Backbone, BackboneConfig, Features, Size, wanted
+from vitlab.models.features import Backbone, BackboneConfig, Features, Size
 from vitlab.models.parts.cvt import Block, ConvEmbed, to_image
 from vitlab.models.parts.transformer import resample
 
@@ -183,19 +183,16 @@ class CvT(Backbone):
             if name.endswith(("cls_token", "pos_embed")):
                 nn.init.trunc_normal_(value, std=0.02)
 
-    def forward(
+    def compute(
         self,
         images: Tensor,
-        want: Collection[str] = (),
-        *,
-        keep: Tensor | None = None,
-        mask: Tensor | None = None,
-        seeds: Tensor | None = None,
+        want: frozenset[str],
+        keep: Tensor | None,
+        mask: Tensor | None,
+        seeds: Tensor | None,
     ) -> Tensor | Features:
-        names = wanted(want)
-        self.refuse(images, names, keep, mask)
-        maps: list[Tensor] | None = [] if "attentions" in names else None
-        alone = self.prefix and not names & {"tokens", "pyramid", "attentions"}
+        maps: list[Tensor] | None = [] if "attentions" in want else None
+        alone = self.prefix and not want & {"tokens", "pyramid", "attentions"}
         pyramid, x, image = [], images, images
         grids = self.config.grids((images.shape[2], images.shape[3]))
         for i, grid in enumerate(grids):
@@ -204,7 +201,7 @@ class CvT(Backbone):
             if i < STAGES[-1]:
                 image = to_image(x, grid)
                 pyramid.append(image)
-        return self._read(self.norm(x), names, maps, pyramid, grids[-1])
+        return self._read(self.norm(x), want, maps, pyramid, grids[-1])
 
     def _read(
         self, x: Tensor, want: frozenset[str], maps: list[Tensor] | None, pyramid: list[Tensor], grid: Size

@@ -70,10 +70,7 @@ def wanted(want: Collection[str]) -> frozenset[str]:
 class Backbone(nn.Module):
     """A model that turns images into logits or `Features`; layers are numbered for layer-wise decay.
 
-    A family gives `forward(images, want=(), *, keep=None, mask=None, seeds=None) → Tensor | Features`:
-    nothing wanted, the logits; `keep` (B K, int64), only these patches go in; `mask` (B N, bool), these are
-    replaced by the mask token; `seeds` (B, int64), each sample's randomness in training, without which
-    drop path and dropout draw from torch's generator.
+    A family gives `compute`; everybody calls the model, `model(images, want, keep=…, mask=…, seeds=…)`.
     """
 
     gives: frozenset[str] = frozenset(NAMES) - {"heads"}  # what may be wanted
@@ -92,6 +89,36 @@ class Backbone(nn.Module):
         config.grid(size)  # refuses a size that cannot be
         self.config = config.model_copy(update={"num_classes": num_classes})
         self.num_classes, self.image_size = num_classes, size
+
+    def forward(
+        self,
+        images: Tensor,
+        want: Collection[str] = (),
+        *,
+        keep: Tensor | None = None,
+        mask: Tensor | None = None,
+        seeds: Tensor | None = None,
+    ) -> Tensor | Features:
+        """Images B C height width → logits, or the `Features` that are wanted by name.
+
+        `keep` (B K, int64): only these patches go in. `mask` (B N, bool): these are replaced by the mask
+        token. `seeds` (B, int64): each sample's randomness in training; without them drop path and dropout
+        draw from torch's generator.
+        """
+        names = wanted(want)
+        self.refuse(images, names, keep, mask)
+        return self.compute(images, names, keep, mask, seeds)
+
+    def compute(
+        self,
+        images: Tensor,
+        want: frozenset[str],
+        keep: Tensor | None,
+        mask: Tensor | None,
+        seeds: Tensor | None,
+    ) -> Tensor | Features:
+        """What `forward` promises, by a family's own architecture; nothing wanted means the logits."""
+        raise NotImplementedError
 
     def refuse(
         self, images: Tensor, want: frozenset[str], keep: Tensor | None = None, mask: Tensor | None = None

@@ -30,7 +30,6 @@ Letters: B samples, N tokens, D width, W windows, T slots of a window, M = W·T,
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
 import torch
@@ -38,7 +37,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from vitlab.models.features import Backbone, BackboneConfig, Features, Size, grid_of, wanted
+from vitlab.models.features import Backbone, BackboneConfig, Features, Size, grid_of
 from vitlab.models.parts.swin import Block, Patches, PatchMerging
 from vitlab.models.parts.windows import (
     Padding,
@@ -181,28 +180,24 @@ class Swin(Backbone):
 
     # ------------------------------------------------------------ forward
 
-    def forward(
+    def compute(
         self,
         images: Tensor,
-        want: Collection[str] = (),
-        *,
-        keep: Tensor | None = None,
-        mask: Tensor | None = None,
-        seeds: Tensor | None = None,
+        want: frozenset[str],
+        keep: Tensor | None,
+        mask: Tensor | None,
+        seeds: Tensor | None,
     ) -> Tensor | Features:
-        """Nothing wanted: logits. `mask` (B N, bool) and `seeds` (B, int64) as in `Backbone`."""
-        names = wanted(want)
-        self.refuse(images, names, keep, mask)
         grid = self.config.grid((images.shape[2], images.shape[3]))
         stages = plan(f"{grid[0]} {grid[1]}", self.settings, str(images.device))
-        maps: list[Tensor] | None = [] if "attentions" in names else None
-        levels: list[Tensor] | None = [] if "pyramid" in names else None
+        maps: list[Tensor] | None = [] if "attentions" in want else None
+        levels: list[Tensor] | None = [] if "pyramid" in want else None
         x = self._embed(images, mask, stages[0].enter.there)
         for layer, stage in zip(self.layers, stages, strict=True):
             x = self._stage(layer, x, stage, seeds, maps)
             if levels is not None and stage is not stages[-1]:
                 levels.append(_rows(x, stage))
-        return self._read(x, names, stages[-1], maps, levels)
+        return self._read(x, want, stages[-1], maps, levels)
 
     def _embed(self, images: Tensor, mask: Tensor | None, order: Tensor) -> Tensor:
         """B N D, in the order of the first block's windows."""

@@ -27,14 +27,14 @@ Letters: B samples, N patches, K kept patches, P prefix tokens, T = P + N, D wid
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from vitlab.models.features import NAMES, Backbone, BackboneConfig, Features, Size, grid_of, wanted
+from vitlab.models.features import NAMES, Backbone, BackboneConfig, Features, Size, grid_of
 from vitlab.models.parts.transformer import Block, PatchEmbed, SampleDrop, pick, resample, sincos
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -147,25 +147,22 @@ class ViT(Backbone):
 
     # ------------------------------------------------------------ forward
 
-    def forward(
+    def compute(
         self,
         images: Tensor,
-        want: Collection[str] = (),
-        *,
-        keep: Tensor | None = None,
-        mask: Tensor | None = None,
-        seeds: Tensor | None = None,
+        want: frozenset[str],
+        keep: Tensor | None,
+        mask: Tensor | None,
+        seeds: Tensor | None,
     ) -> Tensor | Features:
-        names = wanted(want)
-        self.refuse(images, names, keep, mask)
         grid = self.config.grid((images.shape[2], images.shape[3]))
         x = self.pos_drop(self._embed(images, grid, keep, mask), seeds)
-        maps: list[Tensor] | None = [] if "attentions" in names else None
-        alone = self.config.pool == "token" and not names & {"tokens", "pyramid", "attentions"}
+        maps: list[Tensor] | None = [] if "attentions" in want else None
+        alone = self.config.pool == "token" and not want & {"tokens", "pyramid", "attentions"}
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
             x = self.run(block, x, seeds, maps, self.prefix if alone and i == last else None)
-        return self._read(x, names, maps, grid)
+        return self._read(x, want, maps, grid)
 
     def _embed(self, images: Tensor, grid: Size, keep: Tensor | None, mask: Tensor | None) -> Tensor:
         """B T D with positions added: prefix tokens first, then the patches, all or those kept."""
