@@ -222,7 +222,7 @@ def test_the_hub_names_its_weights(place: Path, tmp_path: Path, monkeypatch: pyt
     [
         ("adopt.weights=", "adopt.weights"),
         ("adopt.model.in_chans=3", "adopt.model.in_chans: given 3; the images have data.channels=1"),
-        ("adopt.model={name: vit_tiny, in_chans: 1}", "adopt.model: data.image_size 8 is not divisible"),
+        ("adopt.model={name: vit_tiny, in_chans: 1}", "adopt.model.patch_size: given 16; it must divide"),
         ("adopt.more=1", "adopt.more"),
     ],
 )
