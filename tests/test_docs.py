@@ -47,7 +47,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "`cluster`": ClusterConfig,
     "`tracking`": TrackingConfig,
     "`adopt`": AdoptConfig,
-    "`pretrain`, `finetune`, `distill`": TrainConfig,
+    "`tokenizer`, `pretrain`, `finetune`, `distill`": TrainConfig,
     "`model`: ViT and DeiT": ViTConfig,
     "`model`: Swin": SwinConfig,
     "`model`: CvT": CvTConfig,

@@ -91,7 +91,7 @@ def test_the_experiments_can_be(file: Path) -> None:
         ),
         (
             "pretrain.model={name: swin_tiny, in_chans: 1, patch_size: 2}",
-            "pretrain.model.name: given 'swin_tiny'; mae needs a plain",
+            "pretrain.model.name: given 'swin_tiny'; mae cannot train it, allowed: vit_tiny",
         ),
         ("pretrain.model.patch_size=8", "allowed: none, give a smaller pretrain.model.patch_size"),
         ("tune.metric=val/top5", 'tune.metric: given "val/top5"; allowed: val/top1, val/loss'),

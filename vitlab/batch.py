@@ -10,7 +10,7 @@ Letters: B samples, N numbers a sample, C channels, H W image.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +27,7 @@ class View(NamedTuple):
 
     name: str
     size: int
+    draws: str = ""  # the view whose random numbers it has, to show the same part; empty: its own
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,12 @@ class Batch:
     weight: Tensor  # B, float32; 0 for a slot that holds no real sample
     seeds: Tensor  # B, int64; the sample's own randomness
     keys: list[str]  # B, the names the samples have in their shards
+    mean: Tensor = field(default_factory=lambda: torch.zeros(()))  # C 1 1, what `to` normalised with
+    std: Tensor = field(default_factory=lambda: torch.ones(()))
+
+    def pixels(self, view: int = 0) -> Tensor:
+        """A view as it was before it was normalised: values in 0..1."""
+        return self.views[view] * self.std + self.mean
 
     def to(self, device: torch.device, mean: Tensor, std: Tensor) -> Batch:
         """On the device, as floats normalised with `mean` and `std` (each C 1 1, of values in 0..1)."""
@@ -48,6 +55,8 @@ class Batch:
             labels=self.labels.to(device, non_blocking=True),
             weight=self.weight.to(device, non_blocking=True),
             seeds=self.seeds.to(device, non_blocking=True),
+            mean=mean,
+            std=std,
         )
 
 
@@ -59,6 +68,12 @@ def sample_seeds(seed: int, epoch: int, positions: np.ndarray) -> np.ndarray:
         z = (z ^ (z >> np.uint64(30))) * np.uint64(MIX_1)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(MIX_2)
         return (z ^ (z >> np.uint64(31))).astype(np.int64)
+
+
+def derived(seeds: Tensor, purpose: str) -> Tensor:
+    """B, int64 → B, int64: seeds of their own for one of several views of the same samples."""
+    base = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "little")
+    return _scramble(_scramble(seeds) ^ _signed(base))
 
 
 def uniform(seeds: Tensor, purpose: str, n: int) -> Tensor:

@@ -18,8 +18,8 @@ from vitlab.engine.launch import ClusterConfig
 from vitlab.engine.loop import LoopConfig
 from vitlab.evaluation import EvaluateConfig
 from vitlab.evaluation.attention import layers_of
-from vitlab.methods import METHODS, DistillConfig, MAEConfig, MethodConfig
-from vitlab.models import ModelConfig, ViTConfig, from_config
+from vitlab.methods import METHODS, MethodConfig
+from vitlab.models import ModelConfig, from_config
 from vitlab.models.borrowed import BorrowedConfig
 from vitlab.tracking import TrackingConfig
 from vitlab.wording import show
@@ -93,7 +93,12 @@ def changed(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 
 Stage = Annotated[TrainConfig | None, Field(default=None)]
 # The objectives that a stage may have.
-TRAINING = {"pretrain": ("supervised", "mae"), "finetune": ("supervised",), "distill": ("distill",)}
+TRAINING = {
+    "tokenizer": ("dvae",),
+    "pretrain": ("supervised", "mae"),
+    "finetune": ("supervised",),
+    "distill": ("distill",),
+}
 MOST_TRIED = 1000  # combinations of a search's ends that are all checked
 
 
@@ -104,6 +109,7 @@ class Experiment(Config):
     cluster: ClusterConfig = free(ClusterConfig())
     tracking: TrackingConfig = free(TrackingConfig())
     adopt: AdoptConfig | None = None
+    tokenizer: Stage
     pretrain: Stage
     finetune: Stage
     distill: Stage
@@ -119,7 +125,7 @@ class Experiment(Config):
     @overload
     def need(self, name: Literal["adopt"]) -> AdoptConfig: ...
     @overload
-    def need(self, name: Literal["pretrain", "finetune", "distill"]) -> TrainConfig: ...
+    def need(self, name: Literal["tokenizer", "pretrain", "finetune", "distill"]) -> TrainConfig: ...
     def need(self, name: str) -> TrainConfig | AdoptConfig:
         """A stage's section."""
         self.require(name)
@@ -146,7 +152,7 @@ def _problems(experiment: Experiment) -> Iterator[str]:
         section = getattr(experiment, name)
         if section is not None:
             yield from _stage_problems(name, section, data, max(1, cluster.workers))
-        if section is not None and experiment.evaluate.attention and name != "pretrain":
+        if section is not None and experiment.evaluate.attention and name in ("finetune", "distill"):
             yield from _unseen(name, section.model, data.image_size)
     if experiment.adopt is not None:
         yield from _model_problems("adopt", experiment.adopt.model, data)
@@ -205,42 +211,14 @@ def _stage_problems(name: str, stage: TrainConfig, data: ShardsConfig, workers: 
     if stage.method.name not in TRAINING[name]:
         allowed = ", ".join(TRAINING[name])
         yield f"{name}.method.name: given {stage.method.name!r}; allowed in this stage: {allowed}"
-    yield from _method_problems(name, stage, data)
-
-
-def _method_problems(name: str, stage: TrainConfig, data: ShardsConfig) -> Iterator[str]:
-    method = stage.method
-    if isinstance(method, DistillConfig) and method.token and not _two_heads(stage.model):
-        more = "combine=mean" if getattr(stage.model, "distilled", False) else "distilled=true"
-        if not isinstance(stage.model, ViTConfig):  # no other family has such a token
-            more = "name=deit_tiny"
+    method = METHODS[stage.method.name]
+    if method.whole_batch and stage.accumulate > 1:
         yield (
-            f"{name}.method.token: given true, but {name}.model has no distillation head; "
-            f"give {name}.model.{more} or {name}.method.token=false"
+            f"{name}.accumulate: given {stage.accumulate}; {stage.method.name} compares the images of a "
+            "whole batch, which micro-batches would change; allowed: 1; "
+            f"{name}.recompute=true saves memory too"
         )
-    if isinstance(method, MAEConfig) and not isinstance(stage.model, ViTConfig):
-        allowed = ", ".join(ViTConfig.presets)
-        given = stage.model.name
-        yield f"{name}.model.name: given {given!r}; mae needs a plain transformer, allowed: {allowed}"
-    elif isinstance(method, MAEConfig):
-        patches = math.prod(stage.model.grid((data.image_size, data.image_size)))
-        visible = int(patches * (1 - method.mask_ratio))  # as methods/mae.py counts
-        if visible in (0, patches):
-            what = "every patch" if visible else "no patch"
-            most = math.floor((1 - 1 / patches) * 1000) / 1000
-            allowed = (
-                f"above 0, at most {most:g}"
-                if patches > 1
-                else f"none, give a smaller {name}.model.patch_size"
-            )
-            yield (
-                f"{name}.method.mask_ratio: given {method.mask_ratio}, which leaves {what} of {patches} "
-                f"visible; allowed: {allowed}"
-            )
-
-
-def _two_heads(model: ModelConfig) -> bool:
-    return isinstance(model, ViTConfig) and model.distilled and model.combine != "concat"
+    yield from method.problems(name, stage.method, stage.model, data.image_size)
 
 
 def _tune_problems(tune: TuneConfig, experiment: Experiment) -> Iterator[str]:

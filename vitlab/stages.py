@@ -28,10 +28,19 @@ from vitlab.face import Face, Line, Row
 from vitlab.home import git_sha, home, locked
 from vitlab.jobs import EvaluateJob, Place, TrainJob, forget, work
 from vitlab.jobs.adopting import AdoptJob, locate, run_adoption
+from vitlab.jobs.naming import figured, title
 from vitlab.tracking import Store
 
 # Raised when the same config must give another result than before: part of every key of the stage.
-REVISION = {"adopt": 1, "pretrain": 1, "finetune": 1, "distill": 1, "evaluate": 1, "search": 1}
+REVISION = {
+    "adopt": 1,
+    "tokenizer": 1,
+    "pretrain": 1,
+    "finetune": 1,
+    "distill": 1,
+    "evaluate": 1,
+    "search": 1,
+}
 SEEN = ("image_size", "channels", "streams", "window", "mean", "std")  # data settings that decide a result
 Result = dict[str, Any]  # of a job: artifact, metrics, seconds
 
@@ -114,8 +123,18 @@ class Run:
 
         return self.stage("adopt", label, config, data, inputs, do, {"weights": source.digest})
 
-    def pretrain(self, config: TrainConfig, *, data: Shards, label: str = "pretrain") -> Artifact:
-        return self._train("pretrain", label, config, data, {})
+    def tokenizer(self, config: TrainConfig, *, data: Shards, label: str = "tokenizer") -> Artifact:
+        return self._train("tokenizer", label, config, data, {})
+
+    def pretrain(
+        self,
+        config: TrainConfig,
+        *,
+        data: Shards,
+        tokenizer: Artifact | None = None,
+        label: str = "pretrain",
+    ) -> Artifact:
+        return self._train("pretrain", label, config, data, {"tokenizer": tokenizer})
 
     def finetune(
         self, config: TrainConfig, *, data: Shards, init: Artifact | None = None, label: str = "finetune"
@@ -229,7 +248,7 @@ class Run:
         params = {"seed": self.experiment.seed} | flatten(
             {stage: resolved(config), "data": resolved(self.experiment.data)}
         )
-        return self.store.start(_title(label, config), tags, params, self.search), False
+        return self.store.start(title(label, config), tags, params, self.search), False
 
     def _do(self, run_id: str, do: Callable[[str], Result]) -> Result:
         try:
@@ -249,7 +268,7 @@ class Run:
         self, label: str, outcome: cache.Outcome, begin: float, artifact: Artifact, metrics: dict[str, float]
     ) -> Artifact:
         self.done[label] = Done(artifact, metrics)
-        figure = _figure(metrics)
+        figure = figured(metrics)
         self.face.done(Row(label, outcome, time.monotonic() - begin, figure, artifact.run_id))
         if self.search is not None:
             return artifact
@@ -315,28 +334,3 @@ def _status(error: type[BaseException] | None) -> str:
     return (
         "KILLED" if issubclass(error, KeyboardInterrupt | SystemExit) else "FAILED"
     )  # Tune stops by SystemExit
-
-
-def _title(label: str, config: Config) -> str:
-    """A name that a person tells runs apart by."""
-    if isinstance(config, AdoptConfig):
-        return f"{label} · {getattr(config.model, 'arch', config.model.name)}"
-    if not isinstance(config, TrainConfig):
-        return label
-    model, optim = config.model, config.optim
-    parts = [label, f"lr {optim.lr:.2g}"]  # what differs first: MLflow's lists cut long names
-    parts += [f"layer decay {optim.layer_decay:g}"] if optim.layer_decay < 1 else []
-    parts += [model.name, config.method.name]
-    return " · ".join(parts)
-
-
-def _figure(metrics: dict[str, float]) -> str:
-    for name, text in (
-        ("eval/top1", "held-out top-1 {:.2%}"),
-        ("val/top1", "validation top-1 {:.2%}"),
-        ("val/loss", "validation loss {:.4f}"),
-        ("train/loss", "training loss {:.4f}"),
-    ):
-        if name in metrics:
-            return text.format(metrics[name])
-    return ""

@@ -17,7 +17,7 @@ from vitlab.batch import Batch, View, uniform
 from vitlab.dist import World, world_of_group
 from vitlab.engine.loop import LoopConfig, Plan, make_strategy, train
 from vitlab.methods import Supervised, SupervisedConfig
-from vitlab.methods.base import Losses, Method
+from vitlab.methods.base import Average, Losses, Method
 from vitlab.models import ViTConfig, from_config
 
 
@@ -41,14 +41,17 @@ class Toy(Method):
     def no_decay(self) -> set[str]:
         return set()
 
-    def forward(self, batch: Batch) -> Losses:
+    def losses(self, batch: Batch) -> Losses:
         x = batch.views[0]
         self.seen += self.training
         loss = ((self.net(x) - x[:, :5]) ** 2).mean(1) + ((self.net(x) - self.teacher(x)) ** 2).mean(1)
         return Losses((loss * batch.weight).sum(), {"far": loss.detach().sum()})
 
-    def averages(self) -> list[tuple[torch.nn.Module, torch.nn.Module, float]]:
-        return [(self.teacher, self.net, 0.9)]
+    def averages(self) -> list[Average]:
+        return [Average(self.teacher, self.net, 0.9)]
+
+    def starts(self) -> dict[str, float]:
+        return {"net.2.bias": 0.4}
 
 
 class Notes:
@@ -63,6 +66,9 @@ class Notes:
     def progress(self, step: int, total: int, values: dict[str, float]) -> None: ...
 
     def say(self, text: str) -> None: ...
+
+    def note(self, text: str) -> None:
+        self.notes = [*getattr(self, "notes", []), text]
 
 
 def batches(config: LoopConfig, world: World, start: int, stop: int | None) -> Any:
@@ -99,7 +105,7 @@ class Digits(Method):
     def no_decay(self) -> set[str]:
         return {f"inner.{name}" for name in self.inner.no_decay()}
 
-    def forward(self, batch: Batch) -> Losses:
+    def losses(self, batch: Batch) -> Losses:
         images = uniform(batch.seeds, "image", 16).view(-1, 1, 4, 4)
         labels = (images.mean((1, 2, 3)) * 7).long()
         return self.inner(replace(batch, views=[images], labels=labels))

@@ -124,7 +124,7 @@ def test_the_teacher_is_frozen() -> None:
 
 def test_students_and_teachers_that_do_not_fit() -> None:
     config, teacher = build(DistillConfig, {}), student(False)
-    with pytest.raises(UserError, match="token: true needs a student with a distillation head"):
+    with pytest.raises(UserError, match=r"distill.method.token: given true, but"):
         create_method(config, student(False), teacher=teacher)
     with pytest.raises(UserError, match="the teacher tells 5 classes apart, the student 4"):
         create_method(config, student(), teacher=student(False, classes=5))

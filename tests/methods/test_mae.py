@@ -156,7 +156,7 @@ def test_padded_slots_and_batches_change_nothing() -> None:
 @pytest.mark.parametrize("norm_pix", [True, False])
 def test_picture(norm_pix: bool) -> None:
     ours, of = method(norm_pix=norm_pix).eval(), batch()
-    picture = ours(of, picture=True)
+    picture = ours(of, "picture")
     image = of.views[0]
     assert torch.equal(picture.original, image)
     hidden = (picture.masked == 0).all(1)  # B height width
@@ -203,7 +203,7 @@ def test_layers_decay_and_export() -> None:
 @pytest.mark.parametrize(
     ("more", "line"),
     [
-        ({"mask_ratio": 0.99}, "mask_ratio 0.99 leaves no patch of 16 visible"),
+        ({"mask_ratio": 0.99}, "mask_ratio: given 0.99, which leaves no patch of 16 visible"),
         ({"mask_ratio": 1.0}, "mask_ratio: given 1.0"),
         ({"decoder_heads": 5}, "decoder_dim 24 is not divisible by decoder_heads 5"),
         ({"decoder_dim": 18}, "decoder_dim 18 is not divisible by 4"),

@@ -105,7 +105,7 @@ def test_methods_by_name() -> None:
 
 
 def test_wrong_matches() -> None:
-    with pytest.raises(UserError, match="supervised: has no use for a teacher"):
+    with pytest.raises(UserError, match="no use for a teacher; methods that have one: distill"):
         create_method(SupervisedConfig(), model(), teacher=model())
     with pytest.raises(UserError, match="the model has no head"):
         create_method(SupervisedConfig(), model(classes=0))

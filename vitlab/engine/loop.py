@@ -24,9 +24,9 @@ from vitlab.config import Config, UserError, free
 from vitlab.dist import World, half
 from vitlab.engine import checkpoint
 from vitlab.engine.compiling import announced, prepare
-from vitlab.engine.optim import OptimConfig, lr_at, set_lr
+from vitlab.engine.optim import OptimConfig, decay_at, lr_at, set_rates, set_starts
 from vitlab.engine.strategy import Plain, Strategy
-from vitlab.methods.base import Losses, Method
+from vitlab.methods.base import Losses, Method, Moment
 
 
 class LoopConfig(Config):
@@ -36,6 +36,7 @@ class LoopConfig(Config):
     epochs: int = Field(gt=0)
     batch_size: int = Field(gt=0, description="images of a global batch, over all workers")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    ema: float = Field(0.0, ge=0, lt=1, description="momentum of the average that is exported; 0: none")
     accumulate: int = free(1, gt=0, description="micro-batches that a worker's part is cut into")
     recompute: bool = free(False, description="blocks compute their insides again for the gradient")
     compile: bool = free(False, description="the model's forward and backward as compiled code")
@@ -59,6 +60,9 @@ class Recorder(Protocol):
 
     def say(self, text: str) -> None:
         """Takes what is being done while no step can be counted."""
+
+    def note(self, text: str) -> None:
+        """Takes a line that a person must not miss."""
 
 
 Probe = Callable[[Strategy, int], Iterable[tuple[str, float]]]
@@ -100,6 +104,7 @@ def train(method: Method, strategy: Strategy, plan: Plan, world: World) -> dict[
     start, window = 0, Window(world)
     found = checkpoint.latest(plan.checkpoints) if plan.checkpoints else None
     found = world.from_first(found)
+    set_starts(strategy.optimizer, plan.steps_per_epoch)
     if found:
         meta = checkpoint.load(found, strategy)
         start, window.carried = meta["step"], meta["window"]
@@ -108,18 +113,23 @@ def train(method: Method, strategy: Strategy, plan: Plan, world: World) -> dict[
     clock = Clock(plan.config.batch_size)
     strategy.train(True)
     for step in range(start, plan.steps):
-        method.before_step(step / plan.steps)
-        lr = lr_at(plan.config.optim, step / plan.steps_per_epoch, plan.config.epochs)
-        set_lr(strategy.optimizer, lr)
+        now = Moment(step, plan.steps, plan.steps_per_epoch)
+        method.before_step(now)
+        lr = lr_at(plan.config.optim, now.epoch, plan.config.epochs)
+        set_rates(strategy.optimizer, step, lr, decay_at(plan.config.optim, now.progress))
         micro, compiles = next(batches), plan.config.compile and step == start
         with announced(plan.recorder.say) if compiles else nullcontext():
             norm = _one_step(method, strategy, micro, window, world)
         if compiles:
             clock.skip()
-        for target, source, momentum in method.averages():
-            strategy.average(target, source, momentum)
+        for average in method.all_averages():
+            strategy.average(average)
+        method.after_step()
         done = step + 1
         values = _after_step(done, plan, window, {"lr": lr, "grad_norm": norm}, clock)
+        trouble = method.diagnose(values) if values else None
+        if world.first and trouble:
+            plan.recorder.note(f"step {done}: {trouble}")
         last |= _report(done, values, plan, world)
         if done % (plan.steps_per_epoch * plan.config.validate_every) == 0 or done == plan.steps:
             last |= _probe(strategy, done, plan, world)
@@ -138,7 +148,7 @@ def _one_step(
 ) -> Tensor | float | None:
     weight = world.sum(torch.stack([method.weigh(batch) for batch in micro]).sum())
     for batch in micro:
-        losses: Losses = strategy.forward(batch)
+        losses = strategy.forward(batch)
         strategy.backward(losses, weight)
         window.add(losses)
     window.weigh(weight)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vitlab.batch import Batch
 from vitlab.engine.optim import OptimConfig, adamw
-from vitlab.methods.base import Losses, Method
+from vitlab.methods.base import Average, Losses, Method
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 TINY = 1e-12  # a global batch without any weight has the gradient 0, not 0/0
@@ -36,7 +36,7 @@ class Piece(NamedTuple):
 class Strategy(Protocol):
     optimizer: Any  # has `param_groups`
 
-    def forward(self, batch: Batch, **options: Any) -> Any:
+    def forward(self, batch: Batch, ask: str = "losses") -> Any:
         """Calls the method; the only way in, because ZeRO-3 gathers parameters inside it."""
 
     def train(self, mode: bool) -> None: ...
@@ -47,8 +47,8 @@ class Strategy(Protocol):
     def step(self) -> Tensor | float | None:
         """Clips, steps, clears; the gradient's norm before clipping if it is known."""
 
-    def average(self, target: nn.Module, source: nn.Module, momentum: float) -> None:
-        """target ← momentum·target + (1-momentum)·source, in fp32, on the shards that are here."""
+    def average(self, average: Average) -> None:
+        """Moves an average one step on, in fp32, on the shards that are here."""
 
     def own(self) -> Iterator[Piece]:
         """What this rank saves; together the ranks' pieces are the whole state, each part once."""
@@ -70,7 +70,7 @@ def kept(method: Method) -> dict[str, nn.Parameter]:
 
     Other frozen parameters (a distillation teacher) come from the stage's inputs and are not saved.
     """
-    averaged = {id(p) for target, _, _ in method.averages() for p in target.parameters()}
+    averaged = {id(p) for average in method.all_averages() for p in average.target.parameters()}
     return {n: p for n, p in method.named_parameters() if p.requires_grad or id(p) in averaged}
 
 
@@ -82,6 +82,16 @@ def buffers(method: Method) -> Iterator[Piece]:
             yield Piece(name, "buffer", 0, buffer.data.view(-1))
 
 
+@torch.no_grad()
+def average_buffers(average: Average) -> None:
+    """Buffers are whole on every rank; counters and tables are taken as they are."""
+    for old, new in zip(average.target.buffers(), average.source.buffers(), strict=True):
+        if average.buffers and old.is_floating_point():
+            old.lerp_(new, 1 - average.momentum)
+        elif average.buffers:
+            old.copy_(new)
+
+
 class Plain:
     """One process, ordinary PyTorch."""
 
@@ -90,9 +100,9 @@ class Plain:
         self.optimizer = adamw(method, optim)
         self.device = next(method.parameters()).device
 
-    def forward(self, batch: Batch, **options: Any) -> Any:
+    def forward(self, batch: Batch, ask: str = "losses") -> Any:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.method(batch, **options)
+            return self.method(batch, ask)
 
     def train(self, mode: bool) -> None:
         self.method.train(mode)
@@ -108,9 +118,10 @@ class Plain:
         return norm
 
     @torch.no_grad()
-    def average(self, target: nn.Module, source: nn.Module, momentum: float) -> None:
-        for old, new in zip(target.parameters(), source.parameters(), strict=True):
-            old.lerp_(new, 1 - momentum)
+    def average(self, average: Average) -> None:
+        for old, new in zip(average.target.parameters(), average.source.parameters(), strict=True):
+            old.lerp_(new, 1 - average.momentum)
+        average_buffers(average)
 
     def own(self) -> Iterator[Piece]:
         for name, parameter in kept(self.method).items():
@@ -124,7 +135,8 @@ class Plain:
     copies = own
 
     def set_steps(self, steps: int) -> None:
-        fill_states(self.optimizer, (p for g in self.optimizer.param_groups for p in g["params"]), steps)
+        for group in self.optimizer.param_groups:
+            fill_states(self.optimizer, group["params"], steps - group["first"])
 
     def state(self, module: nn.Module) -> dict[str, Tensor] | None:
         return {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
@@ -135,7 +147,7 @@ class Plain:
 
 def fill_states(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], steps: int) -> None:
     """Gives AdamW the state that it has for `parameters` after `steps` steps, moments still zero."""
-    for parameter in parameters:
+    for parameter in parameters if steps > 0 else ():
         optimizer.state[parameter] = {
             "step": torch.tensor(float(steps), device=parameter.device),
             **{kind: torch.zeros_like(parameter, dtype=torch.float32) for kind in MOMENTS},

@@ -19,8 +19,8 @@ from vitlab.batch import Batch
 from vitlab.dist import World
 from vitlab.engine.compiling import leave_hooks
 from vitlab.engine.optim import OptimConfig, adamw
-from vitlab.engine.strategy import MOMENTS, TINY, Piece, buffers, fill_states, kept
-from vitlab.methods.base import Losses, Method
+from vitlab.engine.strategy import MOMENTS, TINY, Piece, average_buffers, buffers, fill_states, kept
+from vitlab.methods.base import Average, Losses, Method
 
 STAYS = 10_000  # a parameter up to this size is never given away at stage 3
 
@@ -40,8 +40,8 @@ class Zero:
         if stage == 3 and options["compiles"]:
             leave_hooks(method)
 
-    def forward(self, batch: Batch, **options: Any) -> Any:
-        return self.engine(batch, **options)
+    def forward(self, batch: Batch, ask: str = "losses") -> Any:
+        return self.engine(batch, ask)
 
     def train(self, mode: bool) -> None:
         self.engine.train(mode)
@@ -60,10 +60,11 @@ class Zero:
         return norm
 
     @torch.no_grad()
-    def average(self, target: nn.Module, source: nn.Module, momentum: float) -> None:
+    def average(self, average: Average) -> None:
+        momentum = average.momentum
         old: Any  # a parameter with what DeepSpeed adds to it
         new: Any
-        for old, new in zip(target.parameters(), source.parameters(), strict=True):
+        for old, new in zip(average.target.parameters(), average.source.parameters(), strict=True):
             if self.stage < 3:
                 old.lerp_(new, 1 - momentum)
                 continue
@@ -71,6 +72,7 @@ class Zero:
                 old.lerp_(new, 1 - momentum)
             if old.ds_tensor.data_ptr() != old.data_ptr():  # on one worker both may be the same memory
                 old.ds_tensor.lerp_(new.ds_tensor, 1 - momentum)
+        average_buffers(average)
 
     # ------------------------------------------------------------ state, see vitlab.engine.checkpoint
 
@@ -125,7 +127,9 @@ class Zero:
         size = parameter.ds_tensor.numel()
         start = size * self.world.rank
         count = max(0, min(size, parameter.ds_numel - start))  # the last shard is padded
-        kinds = ["weight", *(MOMENTS if self.inner.state else ())]
+        part = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)][0]
+        state = self.inner.state.get(self.optimizer.fp32_partitioned_groups_flat[part], {})
+        kinds = ["weight", *(kind for kind in MOMENTS if kind in state)]
         for kind in kinds if count else ():
             key = None if kind == "weight" else kind
             data = self.optimizer.get_local_fp32_param(parameter, key).view(-1)
@@ -140,18 +144,21 @@ class Zero:
         return self.method.get_parameter(name).requires_grad
 
     def set_steps(self, steps: int) -> None:
-        fill_states(self.inner, self._masters(), steps)
+        for group, master in self._masters():
+            fill_states(self.inner, [master], steps - group["first"])
         # DeepSpeed counts micro-batches to know which one closes a step.
         self.engine.global_steps = steps
         self.engine.micro_steps = steps * self.accumulate
 
-    def _masters(self) -> list[Tensor]:
-        """The flat fp32 tensors that AdamW really steps."""
-        if self.stage == 0:
-            return [p for group in self.inner.param_groups for p in group["params"]]
-        attribute = "fp32_partitioned_groups_flat" if self.stage == 3 else "single_partition_of_fp32_groups"
-        masters: list[Tensor] = getattr(self.optimizer, attribute)
-        return masters
+    def _masters(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        """The fp32 tensors that AdamW really steps, flat ones above stage 0, with their groups."""
+        for number, group in enumerate(self.inner.param_groups):
+            if self.stage == 0:
+                yield from ((group, parameter) for parameter in group["params"])
+            elif self.stage < 3:
+                yield group, self.optimizer.single_partition_of_fp32_groups[number]
+        for part, master in enumerate(self.optimizer.fp32_partitioned_groups_flat if self.stage == 3 else ()):
+            yield self.inner.param_groups[self.optimizer.sub_group_to_group_id[part]], master
 
     @torch.no_grad()
     def state(self, module: nn.Module) -> dict[str, Tensor] | None:

@@ -36,6 +36,9 @@ class Recorder:
     def say(self, text: str) -> None:
         self.post("say", text)
 
+    def note(self, text: str) -> None:
+        self.post("note", text)
+
     def close(self) -> None:
         self.metrics.close()
 
@@ -50,5 +53,7 @@ class Silent:
     def progress(self, step: int, total: int, values: dict[str, float]) -> None: ...
 
     def say(self, text: str) -> None: ...
+
+    def note(self, text: str) -> None: ...
 
     def close(self) -> None: ...

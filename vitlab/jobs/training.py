@@ -55,6 +55,7 @@ class TrainJob:
     token: str  # fence: see vitlab.cache.Fence
     init: Path | None = None  # a model folder whose backbone this one starts from
     teacher: Path | None = None
+    tokenizer: Path | None = None
 
 
 def run_training(job: TrainJob, world: World, post: Post) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def run_training(job: TrainJob, world: World, post: Post) -> dict[str, Any]:
         batches=lambda start: _steps(job.place, shards, read, world, start),
         recorder=recorder,
         checkpoints=job.checkpoints,
-        probes=[_validation(job, method, shards, world)] if shards.count("val") else [],
+        probes=[_validation(job, method, shards, world)] if method.one_view and shards.count("val") else [],
         may_commit=may_write,
     )
     ready = time.perf_counter()
@@ -91,7 +92,7 @@ def run_training(job: TrainJob, world: World, post: Post) -> dict[str, Any]:
     finally:
         recorder.close()  # also after a failure: the last points tell most
     trained = time.perf_counter()
-    state = strategy.state(method.export())
+    state = strategy.state(method.exported())
     picture = _reconstructions(job, method, strategy, shards, world)
     strategy.close()
     if not world.first:
@@ -111,8 +112,13 @@ def _method(job: TrainJob, shards: Shards) -> Method:
     model = from_config(config.model, num_classes=classes, image_size=job.place.data.image_size)
     if job.init is not None:
         _start_from(model, job.init)
-    teacher = load_model(job.teacher).model if job.teacher is not None else None
-    return create_method(config.method, model, teacher=teacher)
+    guides = {"teacher": job.teacher, "tokenizer": job.tokenizer}
+    method = create_method(
+        config.method, model, **{name: load_model(path).model for name, path in guides.items() if path}
+    )
+    if config.ema:
+        method.keep_average(config.ema)
+    return method
 
 
 def _classes(job: TrainJob, shards: Shards) -> int:
@@ -167,7 +173,7 @@ def _reconstructions(
     batch = next(iter(eval_batches(shards, job.place.data, split, PICTURED * world.size, world)))
     strategy.train(False)
     with torch.no_grad():
-        picture: Picture = strategy.forward(batch.to(world.device, mean, std), picture=True)
+        picture: Picture = strategy.forward(batch.to(world.device, mean, std), "picture")
     return Picture(*((p.float() * std + mean).cpu() for p in picture))
 
 
@@ -182,10 +188,8 @@ def _publish_model(
             figure = reconstruction_figure(picture.original, picture.masked, picture.reconstruction, title)
             save_figure(figure, folder / "pictures/reconstructions.png")
             store.upload(job.place.run_id, folder / "pictures", "pictures")
-        model = method.export()
-        assert isinstance(model, Backbone)
         save_model(
-            model,
+            method.exported(),
             folder / "model",
             preprocess=preprocess(job.place.data),
             labels=shards.classes,

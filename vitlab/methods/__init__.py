@@ -2,55 +2,54 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 from torch import nn
 
 from vitlab.config import UserError
-from vitlab.methods.base import Losses, Method
+from vitlab.methods.base import Average, Losses, Method, Moment
 from vitlab.methods.distill import Distill, DistillConfig
 from vitlab.methods.mae import MAE, MAEConfig, Picture
 from vitlab.methods.supervised import Supervised, SupervisedConfig
-from vitlab.models import Backbone, ViT
+from vitlab.models import Backbone
 
-METHODS: dict[str, type[Method]] = {"supervised": Supervised, "mae": MAE, "distill": Distill}
+METHODS: dict[str, Any] = {"supervised": Supervised, "mae": MAE, "distill": Distill}  # name → a `Method`
 MethodConfig = Annotated[SupervisedConfig | MAEConfig | DistillConfig, Field(discriminator="name")]
 
 
-def create_method(
-    config: SupervisedConfig | MAEConfig | DistillConfig, model: Backbone, *, teacher: nn.Module | None = None
-) -> Method:
-    """The method that a config describes, training `model` on square images of the model's size."""
+def create_method(config: Any, model: Backbone, **guides: nn.Module | None) -> Method:
+    """The method that a config describes, training `model` on square images of the model's size.
+
+    `guides`: the `teacher` or the `tokenizer` of a method that learns from one.
+    """
+    made: Any = METHODS[config.name]
     height, width = model.image_size
     if height != width:
         raise UserError(f"{config.name}: trains on square images; given image_size {height}×{width}")
-    if isinstance(config, DistillConfig):
-        if teacher is None:
-            raise UserError("distill: needs a teacher, none was given")
-        return Distill(config, model, teacher, height)
-    if teacher is not None:
-        raise UserError(
-            f"{config.name}: has no use for a teacher; of {', '.join(METHODS)}, only distill has one"
-        )
-    if isinstance(config, SupervisedConfig):
-        return Supervised(config, model, height)
-    if not isinstance(model, ViT):
-        raise UserError(
-            f"mae: hides patches of a plain transformer; given {type(model).__name__}, allowed: ViT"
-        )
-    return MAE(config, model, height)
+    for problem in made.problems(config.name, config, model.config, height):
+        raise UserError(problem)
+    given = {name: guide for name, guide in guides.items() if guide is not None}
+    if made.guide and made.guide not in given:
+        raise UserError(f"{config.name}: needs a {made.guide}, none was given")
+    for name in given.keys() - {made.guide}:
+        having = ", ".join(n for n, other in METHODS.items() if other.guide == name)
+        raise UserError(f"{config.name}: has no use for a {name}; methods that have one: {having or 'none'}")
+    method: Method = made(config, model, height, *given.values())
+    return method
 
 
 __all__ = [
     "MAE",
     "METHODS",
+    "Average",
     "Distill",
     "DistillConfig",
     "Losses",
     "MAEConfig",
     "Method",
     "MethodConfig",
+    "Moment",
     "Picture",
     "Supervised",
     "SupervisedConfig",

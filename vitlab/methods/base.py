@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from collections.abc import Iterator
+from copy import deepcopy
+from typing import Any, ClassVar, Literal, NamedTuple, Self, overload
 
 from torch import Tensor, nn
 
 from vitlab.batch import Batch, View
-from vitlab.models.features import Backbone
+from vitlab.models import Backbone, BackboneConfig
+from vitlab.models.parts.norm import BatchNorm2d
 
 
 class Losses(NamedTuple):  # a tuple, because ZeRO-3's hooks look for tensors in tuples
@@ -21,32 +24,102 @@ class Losses(NamedTuple):  # a tuple, because ZeRO-3's hooks look for tensors in
     metrics: dict[str, Tensor]  # further sums for the log, detached
 
 
+class Moment(NamedTuple):
+    """Where a training stands before a step: schedules are functions of this."""
+
+    step: int
+    steps: int  # of the whole training
+    epoch_steps: int  # of one epoch
+
+    @property
+    def progress(self) -> float:
+        """The fraction of the training that is done."""
+        return self.step / self.steps
+
+    @property
+    def epoch(self) -> float:
+        """Epochs done, a fraction too."""
+        return self.step / self.epoch_steps
+
+
+class Average(NamedTuple):
+    """target ← momentum·target + (1-momentum)·source, after every step."""
+
+    target: nn.Module
+    source: nn.Module
+    momentum: float
+    buffers: bool = False  # buffers too: a target that never sees a batch has no statistics of its own
+
+
 class Method(nn.Module):
     """An objective: owns the model it trains and everything its loss needs."""
 
     headless: ClassVar[bool] = False  # whether it trains a backbone without a classifier
+    guide: ClassVar[Literal["", "teacher", "tokenizer"]] = ""  # the trained model that it learns from
+    takes: ClassVar[tuple[type[BackboneConfig], ...]] = ()  # the families it can train; empty: all
+    whole_batch: ClassVar[bool] = False  # its loss looks at a batch as a whole: no micro-batches
+    one_view: ClassVar[bool] = True  # its loss can be taken on one plain view: there is a `val/loss`
 
     model: Backbone  # the one that is trained
+    smooth: Backbone | None = None  # the moving average of what is exported, see `keep_average`
+    smoothing: float = 0.0
+
+    @classmethod
+    def problems(cls, name: str, config: Any, model: Any, side: int) -> Iterator[str]:
+        """What cannot be between the configs of method and model and images of a side, a line each.
+
+        `name` is that of the section they stand in: lines begin with a key, as `pretrain.method.token: …`.
+        """
+        if cls.takes and not isinstance(model, cls.takes):
+            names = ", ".join(preset for family in cls.takes for preset in family.presets)
+            yield f"{name}.model.name: given {model.name!r}; {config.name} cannot train it, allowed: {names}"
+
+    # ------------------------------------------------------------ what the loop asks
 
     def views(self) -> list[View]:
         """The augmented images it needs of every sample."""
         raise NotImplementedError
 
-    def before_step(self, progress: float) -> None:
-        """Called before every step with the fraction of the training done: temperatures, freezing."""
+    def before_step(self, now: Moment) -> None:
+        """Called before every step: temperatures, momentum."""
+
+    def after_step(self) -> None:
+        """Called after every step, on all workers: statistics that a step's micro-batches gathered."""
 
     def weigh(self, batch: Batch) -> Tensor:
         """How much a batch counts in the mean over the global batch: by default its real samples."""
         return batch.weight.sum()
 
-    def forward(self, batch: Batch) -> Losses:
+    @overload
+    def forward(self, batch: Batch) -> Losses: ...
+    @overload
+    def forward(self, batch: Batch, ask: str) -> Any: ...
+    def forward(self, batch: Batch, ask: str = "losses") -> Any:
+        """The only way in, because ZeRO-3 gathers weights inside it: `losses`, `features`, `picture` …"""
+        return getattr(self, ask)(batch)
+
+    def losses(self, batch: Batch) -> Losses:
         raise NotImplementedError
 
-    def averages(self) -> list[tuple[nn.Module, nn.Module, float]]:
-        """(target, source, momentum): after every step target ← momentum·target + (1-momentum)·source."""
+    def features(self, batch: Batch) -> Tensor:
+        """B D: what the exported model's pooled features are of the first view, for probes."""
+        model = self.smooth if self.smooth is not None else self.export()
+        pooled: Tensor = model(batch.views[0], {"pooled"}).pooled
+        return pooled
+
+    def averages(self) -> list[Average]:
+        """What follows what after every step."""
         return []
 
-    def export(self) -> nn.Module:
+    def starts(self) -> dict[str, float]:
+        """Prefix of parameters → the epoch from which they are trained; until then they stay as they are."""
+        return {}
+
+    def diagnose(self, values: dict[str, float]) -> str | None:
+        """One line for a person if a point of the training curve (`train/…`) tells of trouble."""
+        return None
+
+    def export(self) -> Backbone:
         """The model that the next stage uses."""
         raise NotImplementedError
 
@@ -59,6 +132,39 @@ class Method(nn.Module):
     def no_decay(self) -> set[str]:
         """Parameters that weight decay leaves alone although they have more than one dimension."""
         return {f"model.{name}" for name in self.model.no_decay()}
+
+    # ------------------------------------------------------------ the average that is exported
+
+    def keep_average(self, momentum: float) -> None:
+        """From now on a moving average of the exported model is kept, and exported in its place."""
+        self.smooth, self.smoothing = frozen(self.export()), momentum
+
+    def all_averages(self) -> list[Average]:
+        if self.smooth is None:
+            return self.averages()
+        return [*self.averages(), Average(self.smooth, self.export(), self.smoothing, buffers=True)]
+
+    def exported(self) -> Backbone:
+        return self.export() if self.smooth is None else self.smooth
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if self.smooth is not None:
+            self.smooth.eval()
+        return self
+
+
+def frozen(model: Backbone) -> Any:
+    """A copy that no gradient reaches: where an average of the model begins."""
+    return deepcopy(model).requires_grad_(False).eval()
+
+
+def watching(module: nn.Module, mode: bool) -> None:
+    """Sets a momentum teacher: no drop path, no dropout, BatchNorm sees its batches, as in DINO's code."""
+    module.eval()
+    for part in module.modules():
+        if isinstance(part, BatchNorm2d):
+            part.train(mode)
 
 
 def full(x: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ Letters: B samples, C classes.
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from collections.abc import Iterator
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ from vitlab.batch import Batch, View
 from vitlab.config import Config, UserError
 from vitlab.methods.base import Losses, Method, full
 from vitlab.methods.supervised import correct, cross_entropy, labelled
-from vitlab.models import Backbone
+from vitlab.models import Backbone, ViTConfig
 
 
 class DistillConfig(Config):
@@ -43,11 +44,26 @@ class DistillConfig(Config):
 class Distill(Method):
     """Owns the student as `model` and the teacher, which is frozen and always in eval mode."""
 
-    def __init__(self, config: DistillConfig, model: Backbone, teacher: nn.Module, image_size: int) -> None:
+    guide = "teacher"
+
+    def __init__(self, config: DistillConfig, model: Backbone, image_size: int, teacher: nn.Module) -> None:
         super().__init__()
-        _refuse(config, model, teacher)
+        _refuse(model, teacher)
         self.config, self.model, self.image_size = config, model, image_size
         self.teacher = teacher.requires_grad_(False).eval()
+
+    @classmethod
+    def problems(cls, name: str, config: DistillConfig, model: Any, side: int) -> Iterator[str]:
+        yield from super().problems(name, config, model, side)
+        two = isinstance(model, ViTConfig) and model.distilled and model.combine != "concat"
+        if config.token and not two:
+            more = "combine=mean" if getattr(model, "distilled", False) else "distilled=true"
+            if not isinstance(model, ViTConfig):  # no other family has such a token
+                more = "name=deit_tiny"
+            yield (
+                f"{name}.method.token: given true, but {name}.model has no distillation head; "
+                f"give {name}.model.{more} or {name}.method.token=false"
+            )
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
@@ -60,12 +76,13 @@ class Distill(Method):
     def weigh(self, batch: Batch) -> Tensor:
         return labelled(batch).sum()
 
-    def forward(self, batch: Batch) -> Losses:
+    def losses(self, batch: Batch) -> Losses:
         images, weight = batch.views[0], labelled(batch)
         with torch.no_grad():
             taught = self.teacher(images)
         wanted = {"heads", "logits"} if self.config.token else {"logits"}
-        features = self.model(images, wanted, seeds=batch.seeds)
+        model = self.model if self.training else self.exported()
+        features = model(images, wanted, seeds=batch.seeds)
         by_label, by_teacher = features.heads if self.config.token else (features.logits, features.logits)
         true = cross_entropy(by_label, batch.labels, self.config.label_smoothing)
         loss = (1 - self.config.alpha) * true + self.config.alpha * self._distance(by_teacher, taught)
@@ -89,12 +106,7 @@ class Distill(Method):
         return self.model
 
 
-def _refuse(config: DistillConfig, model: Backbone, teacher: nn.Module) -> None:
-    if config.token and "heads" not in model.gives:
-        raise UserError(
-            "distill: token: true needs a student with a distillation head; set distilled: true on it, "
-            "with combine: mean or sum"
-        )
+def _refuse(model: Backbone, teacher: nn.Module) -> None:
     mine, theirs = model.num_classes, getattr(teacher, "num_classes", None)
     if mine < 1 or mine != theirs:
         raise UserError(

@@ -15,7 +15,9 @@ p patch side, C channels, S = p·p·C numbers a patch.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, overload
+import math
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 from vitlab.batch import Batch, View, uniform
 from vitlab.config import Config, UserError
 from vitlab.methods.base import Losses, Method, full
-from vitlab.models import ViT
+from vitlab.models import ViT, ViTConfig
 from vitlab.models.parts.transformer import Block, cut, pick, sincos
 from vitlab.models.vit import init_linears
 
@@ -60,6 +62,7 @@ class Picture(NamedTuple):
 
 class MAE(Method):
     headless = True
+    takes = (ViTConfig,)
     model: ViT
     decoder_pos_embed: Tensor
 
@@ -71,13 +74,21 @@ class MAE(Method):
             )
         patches = model.grid[0] * model.grid[1]
         self.visible = int(patches * (1 - config.mask_ratio))
-        if self.visible in (0, patches):
-            what = "no patch" if self.visible == 0 else "every patch"
-            raise UserError(
-                f"mask_ratio {config.mask_ratio} leaves {what} of {patches} visible; it needs some of both"
-            )
         self.config, self.model, self.image_size = config, model, image_size
         self._add_decoder()
+
+    @classmethod
+    def problems(cls, name: str, config: MAEConfig, model: Any, side: int) -> Iterator[str]:
+        yield from super().problems(name, config, model, side)
+        patches = math.prod(model.grid((side, side))) if isinstance(model, ViTConfig) else 0
+        visible = int(patches * (1 - config.mask_ratio))
+        if patches and visible in (0, patches):
+            what = "every patch" if visible else "no patch"
+            most = math.floor((1 - 1 / patches) * 1000) / 1000
+            smaller = f"none, give a smaller {name}.model.patch_size"
+            allowed = f"above 0, at most {most:g}" if patches > 1 else smaller
+            given = f"given {config.mask_ratio}, which leaves {what} of {patches} visible"
+            yield f"{name}.method.mask_ratio: {given}; allowed: {allowed}"
 
     def _add_decoder(self) -> None:
         """The official sizes and initialisation: Xavier uniform, σ = 0.02 for the mask token."""
@@ -97,26 +108,29 @@ class MAE(Method):
     def views(self) -> list[View]:
         return [View("image", self.image_size)]
 
-    @overload
-    def forward(self, batch: Batch, picture: Literal[False] = False) -> Losses: ...
+    def losses(self, batch: Batch) -> Losses:
+        """For each sample the mean over its hidden patches."""
+        painted, hidden = self._paint(batch)
+        target, _, _ = self._normalise(pick(self._patches(batch.views[0]), hidden))
+        loss = (painted - target).square().mean((1, 2))
+        return Losses((loss * batch.weight).sum(), {})
 
-    @overload
-    def forward(self, batch: Batch, picture: Literal[True]) -> Picture: ...
+    def picture(self, batch: Batch) -> Picture:
+        painted, hidden = self._paint(batch)
+        patches = self._patches(batch.views[0])
+        _, mean, std = self._normalise(pick(patches, hidden))
+        index = hidden[..., None].expand(-1, -1, patches.shape[-1])
+        masked = patches.scatter(1, index, 0.0)
+        filled = patches.scatter(1, index, (painted * std + mean).detach().to(patches.dtype))
+        return Picture(*(self._images(p) for p in (patches, masked, filled)))
 
-    def forward(self, batch: Batch, picture: bool = False) -> Losses | Picture:
-        """The loss: for each sample the mean over its hidden patches. Or, for people, a picture."""
-        images = batch.views[0]
+    def _paint(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What the decoder says of the hidden patches (B M S), and which they are (B M)."""
         order = uniform(batch.seeds, "mask", self.model.grid[0] * self.model.grid[1]).argsort(
             dim=1, stable=True
         )
         keep, hidden = order[:, : self.visible], order[:, self.visible :]
-        painted = self._decode(self._encode(batch, keep), keep, hidden)  # B M S
-        patches = self._patches(images)
-        target, mean, std = self._normalise(pick(patches, hidden))
-        if picture:
-            return self._picture(patches, hidden, painted * std + mean)
-        loss = (painted - target).square().mean((1, 2))
-        return Losses((loss * batch.weight).sum(), {})
+        return self._decode(self._encode(batch, keep), keep, hidden), hidden
 
     def _encode(self, batch: Batch, keep: Tensor) -> Tensor:
         """Visible patches alone → B (P + K) D."""
@@ -147,12 +161,6 @@ class MAE(Method):
         mean = patches.mean(-1, keepdim=True)
         std = (patches.var(-1, keepdim=True) + 1e-6).sqrt()
         return (patches - mean) / std, mean, std
-
-    def _picture(self, patches: Tensor, hidden: Tensor, painted: Tensor) -> Picture:
-        index = hidden[..., None].expand(-1, -1, patches.shape[-1])
-        masked = patches.scatter(1, index, 0.0)
-        filled = patches.scatter(1, index, painted.detach().to(patches.dtype))
-        return Picture(*(self._images(p) for p in (patches, masked, filled)))
 
     def _images(self, patches: Tensor) -> Tensor:
         """B N S → B C height width."""

@@ -44,8 +44,9 @@ class Supervised(Method):
     def weigh(self, batch: Batch) -> Tensor:
         return labelled(batch).sum()
 
-    def forward(self, batch: Batch) -> Losses:
-        features = self.model(batch.views[0], {"heads" if self.two_heads else "logits"}, seeds=batch.seeds)
+    def losses(self, batch: Batch) -> Losses:
+        model = self.model if self.training else self.exported()
+        features = model(batch.views[0], {"heads" if self.two_heads else "logits"}, seeds=batch.seeds)
         logits = features.heads[0] if self.two_heads else features.logits
         weight = labelled(batch)
         loss = cross_entropy(logits, batch.labels, self.config.label_smoothing)

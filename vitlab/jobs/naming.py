@@ -1,0 +1,31 @@
+"""What a stage's run is called, and which of its figures stands for it."""
+
+from __future__ import annotations
+
+from vitlab.config import Config
+from vitlab.experiment import AdoptConfig, TrainConfig
+
+
+def title(label: str, config: Config) -> str:
+    """A name that a person tells runs apart by."""
+    if isinstance(config, AdoptConfig):
+        return f"{label} · {getattr(config.model, 'arch', config.model.name)}"
+    if not isinstance(config, TrainConfig):
+        return label
+    model, optim = config.model, config.optim
+    parts = [label, f"lr {optim.lr:.2g}"]  # what differs first: MLflow's lists cut long names
+    parts += [f"layer decay {optim.layer_decay:g}"] if optim.layer_decay < 1 else []
+    parts += [model.name, config.method.name]
+    return " · ".join(parts)
+
+
+def figured(metrics: dict[str, float]) -> str:
+    for name, text in (
+        ("eval/top1", "held-out top-1 {:.2%}"),
+        ("val/top1", "validation top-1 {:.2%}"),
+        ("val/loss", "validation loss {:.4f}"),
+        ("train/loss", "training loss {:.4f}"),
+    ):
+        if name in metrics:
+            return text.format(metrics[name])
+    return ""
