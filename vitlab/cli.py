@@ -92,11 +92,12 @@ def main() -> None:
         epilog="example: vitlab shards folder:/data/flowers /data/flowers-shards --held-out 0.2",
     )
     shards.add_argument(
-        "source", help="digits, folder:PATH, hf:NAME[:split], or `index` to index DEST as it is"
+        "source", help="digits, folder:PATH, idx:PATH, hf:NAME[:split], or `index` to index DEST as it is"
     )
     shards.add_argument("dest", type=Path, help="the folder of the shards")
     shards.add_argument("--held-out", type=float, default=0.2, help="fraction kept for evaluation (0.2)")
     shards.add_argument("--val", type=float, default=0.1, help="fraction kept for validation (0.1)")
+    shards.add_argument("--limit", type=int, help="no more than the first so many images of the source")
     shards.add_argument("--shard-samples", type=int, default=1000, help="images of a shard (1000)")
     shards.set_defaults(action=_shards)
 
@@ -161,14 +162,17 @@ def main() -> None:
 
 
 def _shards(given: argparse.Namespace) -> None:
-    from vitlab.data import index_existing, open_source, write_shards
+    from vitlab.config import UserError
+    from vitlab.data import index_existing, limited, open_source, write_shards
     from vitlab.face import Face
 
+    if given.limit is not None and given.limit < 1:
+        raise UserError(f"--limit: given {given.limit}; allowed: 1 or more")
     if given.source == "index":
         made = index_existing(given.dest)
     else:
         made = write_shards(
-            open_source(given.source),
+            limited(open_source(given.source), given.limit),
             given.dest,
             held_out=given.held_out,
             val=given.val,

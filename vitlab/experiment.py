@@ -271,8 +271,8 @@ def from_anywhere(config: ShardsConfig) -> ShardsConfig:
     name, *split = rest.split(":", 1)
     if text == "digits":
         return config
-    if kind == "folder" and rest:
-        text = f"folder:{Path(rest).resolve()}"
+    if kind in ("folder", "idx") and rest:
+        text = f"{kind}:{Path(rest).resolve()}"
     elif kind == "hf" and name:
         text = ":".join(["hf", str(Path(name).resolve()), *split]) if Path(name).is_dir() else text
     elif Path(text).is_dir():

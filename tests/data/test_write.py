@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import itertools
 import os
@@ -53,6 +54,52 @@ def table(n: int = 20) -> datasets.Dataset:
 
 def rows_of(src: Source) -> list[Sample]:
     return list(src.samples)
+
+
+def write_idx(path: Path, array: np.ndarray, packed: bool) -> None:
+    data = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
+    path.write_bytes(gzip.compress(data) if packed else data)
+
+
+def test_the_files_of_mnist(tmp_path: Path) -> None:
+    wanted = []
+    for name, count, packed in (("train", 5, True), ("t10k", 3, False)):
+        pixels = np.random.default_rng(count).integers(0, 256, (count, 4, 6), np.uint8)
+        labels = np.arange(count, dtype=np.uint8) % 3
+        end = ".gz" if packed else ""
+        write_idx(tmp_path / f"{name}-images-idx3-ubyte{end}", pixels, packed)
+        write_idx(tmp_path / f"{name}-labels-idx1-ubyte{end}", labels, packed)
+        wanted += list(zip(pixels, labels.tolist(), strict=True))
+    found = open_source(f"idx:{tmp_path}")
+    assert (found.total, found.classes()) == (8, ["0", "1", "2"])
+    for sample, (pixels, label) in zip(rows_of(found), wanted, strict=True):
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(sample.data))), pixels)
+        assert sample.label == label
+    few = prepare(
+        ShardsConfig(source=f"idx:{tmp_path}", limit=6, held_out=0.0, val=0.0, image_size=4),
+        tmp_path / "shards",
+    )
+    assert few.count("train") == 6
+
+
+def test_broken_files_of_mnist(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no NAME-images-idx3-ubyte"):
+        open_source(f"idx:{tmp_path}")
+    file, labels = tmp_path / "a-images-idx3-ubyte.gz", tmp_path / "a-labels-idx1-ubyte.gz"
+    write_idx(file, np.zeros((2, 3, 3), np.uint8), True)
+    with pytest.raises(UserError, match=r"put a-labels-idx1-ubyte.gz beside it"):
+        open_source(f"idx:{tmp_path}")
+    write_idx(labels, np.zeros(3, np.uint8), True)
+    with pytest.raises(UserError, match=r"\(2, 3, 3\) images, \(3,\) labels"):
+        open_source(f"idx:{tmp_path}")
+    whole = gzip.decompress(file.read_bytes())
+    for data in (whole[:-1], whole[:6], b"", b"GIF89a" + whole):
+        file.write_bytes(gzip.compress(data))
+        with pytest.raises(UserError, match="are not idx bytes"):
+            open_source(f"idx:{tmp_path}")
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(UserError, match="cannot be unpacked"):
+        open_source(f"idx:{tmp_path}")
 
 
 def test_digits(tmp_path: Path) -> None:

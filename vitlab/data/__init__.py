@@ -7,7 +7,7 @@ from vitlab.data.read import ReadPlan, decode, eval_batches, order_of, train_bat
 from vitlab.data.settings import ShardsConfig, check_classes, normalisation
 from vitlab.data.sources import Source, digits, folder
 from vitlab.data.tars import Sample
-from vitlab.data.write import hugging_face, open_source, prepare, write_shards
+from vitlab.data.write import hugging_face, limited, open_source, prepare, write_shards
 
 __all__ = [
     "AugmentConfig",
@@ -27,6 +27,7 @@ __all__ = [
     "folder",
     "hugging_face",
     "index_existing",
+    "limited",
     "normalisation",
     "open_shards",
     "open_source",

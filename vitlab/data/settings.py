@@ -17,10 +17,11 @@ Channel = Annotated[list[float], Field(min_length=1, max_length=3)]
 class ShardsConfig(Config):
     """The images: where they come from, how they are split, in which shape models see them."""
 
-    source: str | None = None  # digits, folder:PATH, a directory, hf:NAME[:split]
+    source: str | None = None  # digits, folder:PATH, a directory, idx:PATH, hf:NAME[:split]
     path: str | None = free(None)  # existing shards; what they are is told by their digest
     image_column: str | None = None  # for hf:, where the choice is not plain
     label_column: str | None = None
+    limit: int | None = Field(default=None, ge=1)  # no more than the first so many of the source
     held_out: float = Field(default=0.2, ge=0, lt=1)  # fraction for the final evaluation
     val: float = Field(default=0.1, ge=0, lt=1)  # fraction for choices during the work
     shard_samples: int = Field(default=1000, ge=1)

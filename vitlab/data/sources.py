@@ -1,4 +1,4 @@
-"""Where labelled images come from without any service: embedded digits and a folder.
+"""Where labelled images come from without any service: embedded digits, a folder, MNIST's files.
 
 Every source gives encoded image files and never decodes what is already encoded: the bytes on disk are
 the bytes that were given, so nothing is lost and a sample's hash does not depend on a codec's version.
@@ -6,9 +6,12 @@ the bytes that were given, so nothing is lost and a sample's hash does not depen
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
+import math
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +47,50 @@ def digits() -> Source:
     pairs = enumerate(zip(images, labels, strict=True))
     samples = (Sample(f"digits-{i:06d}", "png", png(image), int(label)) for i, (image, label) in pairs)
     return Source("digits", samples, lambda: [str(i) for i in range(10)], len(images))
+
+
+# ---------------------------------------------------------------- MNIST's format
+
+
+def idx(path: Path) -> Source:
+    """`NAME-images-idx3-ubyte` beside `NAME-labels-idx1-ubyte`, or `….gz`: MNIST and its like.
+
+    Every pair in the directory is read, in the order of their names reversed: `train` before `t10k`.
+    """
+    found = sorted(path.glob("*-images-idx3-ubyte*"), reverse=True) if path.is_dir() else []
+    if not found:
+        raise UserError(
+            f"data.source: {path}: no NAME-images-idx3-ubyte[.gz] in it; give their directory"
+        )
+    pairs = [(_idx(file), _idx(_labels_of(file))) for file in found]
+    for file, (images, labels) in zip(found, pairs, strict=True):
+        if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
+            raise UserError(f"{file}: {images.shape} images, {labels.shape} labels; copy both files again")
+    classes = max(int(labels.max()) for _, labels in pairs) + 1
+    rows = (row for images, labels in pairs for row in zip(images, labels, strict=True))
+    samples = (Sample(f"idx-{i:07d}", "png", png(image), int(label)) for i, (image, label) in enumerate(rows))
+    names = [str(i) for i in range(classes)]
+    return Source(f"idx:{path}", samples, lambda: names, sum(len(images) for images, _ in pairs))
+
+
+def _labels_of(images: Path) -> Path:
+    labels = images.with_name(images.name.replace("-images-idx3-", "-labels-idx1-"))
+    if not labels.is_file():
+        raise UserError(f"data.source: {images}: its labels are missing; put {labels.name} beside it")
+    return labels
+
+
+def _idx(file: Path) -> np.ndarray:
+    """LeCun's format: two zero bytes, the type (8: bytes), the number of sides, the sides, the numbers."""
+    try:
+        data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{file}: cannot be unpacked: {error}; copy it again") from error
+    whole = len(data) > 3 and len(data) >= 4 + 4 * data[3]
+    sides = [int(n) for n in np.frombuffer(data, ">u4", data[3], 4)] if whole else []
+    if data[:3] != b"\0\0\x08" or len(data) != 4 + 4 * len(sides) + math.prod(sides):
+        raise UserError(f"{file}: {len(data)} bytes are not idx bytes of sides {sides}; copy it again")
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * len(sides)).reshape(sides)
 
 
 # ---------------------------------------------------------------- a folder

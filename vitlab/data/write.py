@@ -10,6 +10,7 @@ Hugging Face's `datasets` is imported here and nowhere else; its images are copi
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import shutil
 import time
@@ -24,7 +25,7 @@ import numpy as np
 from vitlab.config import UserError, nearest
 from vitlab.data.index import INDEX, SPLITS, ShardInfo, Shards, describe, open_shards, save_index
 from vitlab.data.settings import ShardsConfig, check_classes
-from vitlab.data.sources import Source, digits, encoded, folder, png
+from vitlab.data.sources import Source, digits, encoded, folder, idx, png
 from vitlab.data.tars import Sample, index_tar, write_tar
 
 SHOW_AFTER = 2.0  # seconds until a progress line appears
@@ -45,28 +46,40 @@ def prepare(config: ShardsConfig, dest: Path) -> Shards:
     else:
         source = open_source(str(config.source), config.image_column, config.label_column)
         shards = write_shards(
-            source, dest, held_out=config.held_out, val=config.val, shard_samples=config.shard_samples
+            limited(source, config.limit),
+            dest,
+            held_out=config.held_out,
+            val=config.val,
+            shard_samples=config.shard_samples,
         )
     check_classes(config, shards)
     return shards
 
 
 def open_source(text: str, image: str | None = None, label: str | None = None) -> Source:
-    """`digits`, `folder:PATH`, a directory, or `hf:NAME[:split]`; `image` and `label` name hf columns."""
+    """`digits`, `folder:PATH`, a directory, `idx:PATH`, `hf:NAME[:split]`; `image`, `label`: hf columns."""
     kind, _, rest = text.partition(":")
     if text == "digits":
         return digits()
     if kind == "hf" and rest:
         return hugging_face(load_hugging_face(rest), text, image, label)
-    if kind == "folder" and rest:
-        return folder(Path(rest))
+    if kind in ("folder", "idx") and rest:
+        return {"folder": folder, "idx": idx}[kind](Path(rest))
     if Path(text).is_dir():
         return folder(Path(text))
     near = nearest(text, ("digits",))
     raise UserError(
         f"data.source: given '{text}'; "
-        f"allowed: digits, folder:PATH, an existing directory, hf:NAME[:split]{near}"
+        f"allowed: digits, folder:PATH, an existing directory, idx:PATH, hf:NAME[:split]{near}"
     )
+
+
+def limited(source: Source, limit: int | None) -> Source:
+    """No more than the first so many images."""
+    if limit is None:
+        return source
+    total = limit if source.total is None else min(limit, source.total)
+    return replace(source, samples=itertools.islice(source.samples, limit), total=total)
 
 
 def write_shards(
