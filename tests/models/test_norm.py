@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitlab.models.features import Backbone
-from vitlab.models.parts.norm import BatchNorm2d
+from vitlab.models.parts.norm import BatchNorm1d, BatchNorm2d
 
 STEPS = 3
 SIZES = {2: [5, 3], 3: [4, 1, 3]}  # workers → samples of each: never the same number
@@ -41,10 +41,28 @@ class Net(nn.Module):
         return self.second(torch.tanh(self.conv(self.first(x))))
 
 
+class Flat(nn.Module):
+    """The same around a dense layer, on one place of the images: so few values that they lie nearer to zero."""
+
+    def __init__(self, norm: type[nn.Module], dtype: torch.dtype, **settings: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = norm(3, **settings)
+        self.dense = nn.Linear(3, 4)
+        self.second = norm(4, **settings)
+        self.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.dense(self.first(x[:, :, 0, 0] - 99))))
+
+
 def images(step: int, dtype: torch.dtype) -> Tensor:
     """Far from zero against their spread: a sum of squares would lose its digits."""
     generator = torch.Generator().manual_seed(step)
     return (torch.randn(8, 3, 6, 5, generator=generator, dtype=torch.float64) * 0.5 + 100).to(dtype)
+
+
+NETS = {"": (Net, nn.BatchNorm2d, BatchNorm2d), "flat, ": (Flat, nn.BatchNorm1d, BatchNorm1d)}
 
 
 def history(net: nn.Module, dtype: torch.dtype, part: slice, half: bool = False) -> dict[str, Any]:
@@ -89,10 +107,14 @@ def apart(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-3))
 
 
+@pytest.mark.parametrize("kind", NETS)
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_workers_are_one_process_with_the_whole_batch(found: list[dict[str, Any]], setting: str) -> None:
-    alone = history(Net(nn.BatchNorm2d, torch.float64, **SETTINGS[setting]), torch.float64, slice(None))
-    each = [rank[f"{setting}, float64"] for rank in found]
+def test_workers_are_one_process_with_the_whole_batch(
+    found: list[dict[str, Any]], setting: str, kind: str
+) -> None:
+    net, theirs, _ = NETS[kind]
+    alone = history(net(theirs, torch.float64, **SETTINGS[setting]), torch.float64, slice(None))
+    each = [rank[f"{kind}{setting}, float64"] for rank in found]
     for step in range(STEPS):
         for name in ("output", "input"):
             assert apart(torch.cat([r[name][step] for r in each]), alone[name][step]) < 1e-10
@@ -135,6 +157,18 @@ def test_alone_it_is_torchs_own() -> None:
         assert torch.equal(value, again["buffers"][f"net.{name}"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_alone_the_flat_one_is_torchs_own(dtype: torch.dtype) -> None:
+    nets = [Flat(norm, dtype) for norm in (BatchNorm1d, nn.BatchNorm1d)]
+    ours, theirs = (history(net, dtype, slice(None)) for net in nets)
+    for name in ("output", "input"):
+        assert all(apart(a, b) < 1e-6 for a, b in zip(ours[name], theirs[name], strict=True))
+    assert nets[0].state_dict().keys() == nets[1].state_dict().keys()
+    nets[0].load_state_dict(nets[1].state_dict())
+    same = [net.eval()(images(5, dtype)).detach() for net in nets]
+    assert apart(same[0], same[1]) < 1e-6
+
+
 def test_a_plain_checkpoint_would_move_them_twice() -> None:
     """Why `Backbone.run` marks the second pass."""
     net = Net(BatchNorm2d, torch.float32)
@@ -163,8 +197,9 @@ def main(rank: int, count: int, folder: Path) -> None:
     begin = sum(SIZES[count][:rank])
     part = slice(begin, begin + SIZES[count][rank])
     out = {
-        f"{name}, float64": history(Net(BatchNorm2d, torch.float64, **settings), torch.float64, part)
+        f"{kind}{name}, float64": history(net(ours, torch.float64, **settings), torch.float64, part)
         for name, settings in SETTINGS.items()
+        for kind, (net, _, ours) in NETS.items()
     }
     out["bf16"] = history(Net(BatchNorm2d, torch.float32), torch.float32, part, half=True)
     out["repeated"] = history(Repeated(torch.float64), torch.float64, part)

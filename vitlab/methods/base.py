@@ -6,11 +6,15 @@ from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any, ClassVar, Literal, NamedTuple, Self, overload
 
+import torch
 from torch import Tensor, nn
 
 from vitlab.batch import Batch, View
+from vitlab.dist import summed
 from vitlab.models import Backbone, BackboneConfig
 from vitlab.models.parts.norm import BatchNorm2d
+
+TINY = 1e-12  # a global batch without any weight has the mean 0, not 0/0
 
 
 class Losses(NamedTuple):  # a tuple, because ZeRO-3's hooks look for tensors in tuples
@@ -154,7 +158,7 @@ class Method(nn.Module):
         return self
 
 
-def frozen(model: Backbone) -> Any:
+def frozen(model: nn.Module) -> Any:
     """A copy that no gradient reaches: where an average of the model begins."""
     return deepcopy(model).requires_grad_(False).eval()
 
@@ -165,6 +169,23 @@ def watching(module: nn.Module, mode: bool) -> None:
     for part in module.modules():
         if isinstance(part, BatchNorm2d):
             part.train(mode)
+
+
+def batch_mean(values: Tensor, weight: Tensor) -> Tensor:
+    """B … → …: the mean over the global batch. Each worker's gradient is that of its own samples, whole."""
+    local = torch.tensordot(weight.to(values.dtype), values, dims=1)
+    whole = summed(local.detach()) + (local - local.detach())
+    return whole / summed(weight.sum()).clamp(min=TINY)
+
+
+def batch_term(term: Tensor, weight: Tensor) -> Tensor:
+    """A term that every worker computed of the global batch, made into a sum over samples, as losses are.
+
+    Its value is shared out by the weight of each worker's samples. Its gradient is not: a `batch_mean` gives
+    each worker only its own samples' part.
+    """
+    part, whole = weight.sum(), summed(weight.sum())
+    return term * whole + (term * (part - whole)).detach()
 
 
 def full(x: Tensor) -> Tensor:

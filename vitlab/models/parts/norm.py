@@ -66,6 +66,13 @@ class BatchNorm2d(nn.BatchNorm2d):
             running.add_((new.to(running.dtype) - running) * part)
 
 
+class BatchNorm1d(BatchNorm2d):
+    """B C → the same: a map of one place, with the names of `nn.BatchNorm1d`."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (the name nn.BatchNorm1d gives it)
+        return super().forward(input[..., None, None])[..., 0, 0]
+
+
 class _Everywhere(torch.autograd.Function):
     """y = x̂ · weight + bias, x̂ = (x - mean) · (variance + ε)^-½ with the statistics of all workers.
 
