@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitlab.config import UserError
-from vitlab.data.order import Order, divisors, exact
+from vitlab.data.order import Order, chosen, divisors, exact
 
 
 @st.composite
@@ -134,3 +134,12 @@ def test_workers_that_do_not_divide_the_streams() -> None:
         Order((100,), 4, 16, 0, 10).share(0, 3)
     with pytest.raises(UserError, match="batch size: given 0"):
         exact(10, 0, 1, 0)
+
+
+def test_chosen_are_always_the_same_and_nested() -> None:
+    few, more = chosen(100, 10).tolist(), chosen(100, 30).tolist()
+    assert few == sorted(few) == chosen(100, 10).tolist()
+    assert len(set(few)) == 10
+    assert set(few) < set(more)
+    assert chosen(7, 10).tolist() == list(range(7))
+    assert max(few) > 50, "from all over the split"

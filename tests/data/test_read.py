@@ -123,6 +123,19 @@ def test_evaluation_sees_every_sample_once(made: Shards, workers: int) -> None:
             assert b.views[0].shape[1:] == (1, 8, 8)
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_evaluation_of_chosen_samples(made: Shards, workers: int) -> None:
+    """Side by side by rank they are in the order that was asked for."""
+    world = World(0, 1, torch.device("cpu"))
+    keys = [key for b in eval_batches(made, config(made.path), "train", 8, world) for key in b.keys if key]
+    numbers = [20, 3, 11, 4, 0, 9, 1, 30, 2]
+    worlds = [World(rank, workers, torch.device("cpu")) for rank in range(workers)]
+    parts = [list(eval_batches(made, config(made.path), "train", 4, w, numbers=numbers)) for w in worlds]
+    assert [len(part) for part in parts] == [3] * workers
+    found = [key for step in zip(*parts, strict=True) for b in step for key in b.keys if key]
+    assert found == [keys[number] for number in numbers]
+
+
 def test_decoding_turns_upright_and_fits_the_channels() -> None:
     pixels = images(1, channels=3)[0][:4]
     upright = Image.fromarray(pixels)

@@ -2,7 +2,7 @@
 
 from vitlab.data.augment import AugmentConfig, eval_transform, train_transform
 from vitlab.data.index import ShardInfo, Shards, index_existing, open_shards
-from vitlab.data.order import Order, exact
+from vitlab.data.order import Order, chosen, exact
 from vitlab.data.read import ReadPlan, decode, eval_batches, order_of, train_batches
 from vitlab.data.settings import ShardsConfig, check_classes, normalisation
 from vitlab.data.sources import Source, digits, folder
@@ -19,6 +19,7 @@ __all__ = [
     "ShardsConfig",
     "Source",
     "check_classes",
+    "chosen",
     "decode",
     "digits",
     "eval_batches",

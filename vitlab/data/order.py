@@ -115,5 +115,10 @@ def exact(n: int, batch: int, workers: int, rank: int) -> np.ndarray:
     return np.where(slots < n, slots, -1)
 
 
+def chosen(n: int, most: int) -> np.ndarray:
+    """At most so many of n samples, int64, in their order: always the same, and fewer are some of more."""
+    return np.sort(np.random.default_rng(0).permutation(n)[:most])
+
+
 def divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]

@@ -234,16 +234,25 @@ def _train_requests(order: Order, slots: np.ndarray, micro: int, epochs: int, st
 
 
 def eval_batches(
-    shards: Shards, config: ShardsConfig, split: str, batch: int, world: World, *, loaders: int = 0
+    shards: Shards,
+    config: ShardsConfig,
+    split: str,
+    batch: int,
+    world: World,
+    *,
+    loaders: int = 0,
+    numbers: Sequence[int] | np.ndarray | None = None,
 ) -> Iterator[Batch]:
     """Every sample of a split once over all ranks, the same number of batches on each.
 
     `batch` is that of all ranks together, rounded up to their number. Empty slots at the end have a
-    black image, weight 0, label -1 and no key.
+    black image, weight 0, label -1 and no key. `numbers`: only these samples, in this order.
     """
     check_classes(config, shards)
-    n = sum(info.count for info in shards.split(split))
-    table = exact(n, batch, world.size, world.rank)
+    count = sum(info.count for info in shards.split(split))
+    picked = np.arange(count) if numbers is None else np.asarray(numbers, dtype=np.int64)
+    slots = exact(len(picked), batch, world.size, world.rank)
+    table = np.where(slots < 0, -1, picked[slots])
     recipes = [_Recipe(View("eval", config.image_size), None)]
     dataset = Micros(shards, split, config.channels, 0, recipes)
     return _run(dataset, (Micro(0, row, row) for row in table), loaders)
