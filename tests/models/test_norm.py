@@ -42,7 +42,7 @@ class Net(nn.Module):
 
 
 class Flat(nn.Module):
-    """The same around a dense layer, on one place of the images: so few values that they lie nearer to zero."""
+    """The same around a dense layer, on one place of the images."""
 
     def __init__(self, norm: type[nn.Module], dtype: torch.dtype, **settings: Any) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Flat(nn.Module):
         self.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.tanh(self.dense(self.first(x[:, :, 0, 0] - 99))))
+        return self.second(torch.tanh(self.dense(self.first(x[:, :, 0, 0]))))
 
 
 def images(step: int, dtype: torch.dtype) -> Tensor:
@@ -72,8 +72,8 @@ def history(net: nn.Module, dtype: torch.dtype, part: slice, half: bool = False)
         x = images(step, dtype)[part].requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             out = net(x)
-        aim = images(step + 10, torch.float64).flatten()[: out[0].numel()].view(out[0].shape).to(out.dtype)
-        (out * aim + out**2).mean(1).sum().backward()
+        aim = images(step + 10, torch.float64).flatten()[: out[0].numel()].view(out[0].shape) - 100
+        (out * aim.to(out.dtype) + out**2).mean(1).sum().backward()
         found["output"].append(out.detach())
         found["input"].append(x.grad)
         found["weights"].append([p.grad.clone() for p in net.parameters()])
