@@ -304,7 +304,7 @@ def test_wrong_calls() -> None:
     with pytest.raises(UserError, match=r"keep: .* pyramid"):
         model(x, "pyramid", keep=keep)
     with pytest.raises(
-        UserError, match="given 'heads', which this ViT does not have; allowed: attentions, logits"
+        UserError, match="given 'heads', which this ViT does not have; allowed: attentions, layers"
     ):
         model(x, {"heads"})
 

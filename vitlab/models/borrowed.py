@@ -37,6 +37,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from vitlab.config import UserError, nearest
 from vitlab.models.features import Backbone, BackboneConfig, Features, Size
+from vitlab.models.parts.listening import are_maps, listening, stages
 from vitlab.models.parts.norm import BatchNorm2d
 
 PRESETS: dict[str, dict[str, Any]] = {"torchvision": {}, "timm": {}}  # the sizes are in `arch`
@@ -80,9 +81,14 @@ class NormAct(BatchNorm2d):
 
 
 class Borrowed(Backbone):
-    """Images B C height width → logits, or the `Features` that were wanted."""
+    """Images B C height width → logits, or the `Features` that were wanted.
+
+    `layers` are the last map of each resolution among what the parts of the net give, those that `layer_of`
+    counts. A net whose parts give tokens, or maps with their channels at the end, has none.
+    """
 
     gives = frozenset({"logits", "pooled"})
+    layered = True
     config: BorrowedConfig
 
     def __init__(self, config: BorrowedConfig, num_classes: int, image_size: int | Size) -> None:
@@ -91,10 +97,10 @@ class Borrowed(Backbone):
         self.classifier = _classifier(self.net, config.arch)  # where the library has the head
         self.head: nn.Module = self.net.get_submodule(self.classifier)
         self.net.set_submodule(self.classifier, nn.Identity())
+        self._layers = _layers(self.net)
         self._try()
         if not num_classes:
             self.head = nn.Identity()
-        self._layers = _layers(self.net)
 
     def _try(self) -> None:
         """One line, at no cost, for a size that the net cannot take or a net that goes on after its head."""
@@ -102,14 +108,18 @@ class Borrowed(Backbone):
         named = [*self.net.named_parameters(), *self.net.named_buffers()]
         empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in named}
         images = torch.empty(2, config.in_chans, *self.image_size, device="meta")
+        maps: list[Tensor] = []
         try:
-            out = functional_call(self.net.eval(), empty, (images,))
+            with listening(self.net, self._layers, maps):
+                out = functional_call(self.net.eval(), empty, (images,))
         except Exception as error:  # each net fails in its own way
             line = _line(error)
             raise UserError(f"image_size: given {size}, which {config.arch} cannot take: {line}") from None
         assert isinstance(self.head, nn.Linear)
         if not isinstance(out, Tensor) or out.shape != (2, self.head.in_features):
             raise UserError(f"arch: given '{config.arch}', which does more after its last dense layer")
+        if are_maps(maps, images):
+            self.gives = self.gives | {"layers"}
         self.net.train()
 
     def compute(
@@ -121,13 +131,19 @@ class Borrowed(Backbone):
         seeds: Tensor | None,
     ) -> Tensor | Features:
         """`seeds` change nothing: these nets have no randomness left."""
-        pooled = self.net(images)
-        if want == {"pooled"}:
-            return Features(pooled=pooled)
-        logits: Tensor = self.head(pooled)
+        maps: list[Tensor] = []
+        if "layers" in want:
+            with listening(self.net, self._layers, maps):
+                pooled = self.net(images)
+        else:
+            pooled = self.net(images)
+        found: dict[str, Any] = {"pooled": pooled, "layers": stages(maps)}
+        if not want or "logits" in want:
+            found["logits"] = self.head(pooled)
         if not want:
+            logits: Tensor = found["logits"]
             return logits
-        return Features(logits=logits, pooled=pooled if "pooled" in want else None)
+        return Features(**{name: found[name] for name in want})
 
     @property
     def num_layers(self) -> int:

@@ -198,13 +198,16 @@ class Classifier(nn.Module):
         """B N D, on this grid → what was wanted, by name, or the logits; `run` runs a block."""
         x = self.dropout(self._embed(tokens, grid, mask), seeds)
         maps: list[Tensor] = []
+        layers: list[Tensor] = []
         shown = "attentions" in want
-        short = bool(self.prefix) and not want & {"tokens", "pyramid", "attentions"}
+        short = bool(self.prefix) and not want & {"tokens", "pyramid", "attentions", "layers"}
         for i, block in enumerate(self.blocks):
             x, found = run(block, x, seeds, shown, short and i == len(self.blocks) - 1)
             if found is not None:
                 maps.append(found)
-        return self._read(x, grid, want, maps)
+            if "layers" in want:
+                layers.append(x[:, self.prefix :].transpose(1, 2).unflatten(2, grid))
+        return self._read(x, grid, want, maps) | {"layers": layers}
 
     def _embed(self, tokens: Tensor, grid: Size, mask: Tensor | None) -> Tensor:
         """B N D → B T D: masked, with the class token, with positions."""
@@ -255,6 +258,7 @@ class Compact(Backbone):
     """Images B C height width → logits, or the `Features` that were wanted."""
 
     heads = ("classifier.fc",)
+    layered = True
     config: CompactConfig
 
     def __init__(self, config: CompactConfig, num_classes: int, image_size: int | Size) -> None:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from vitlab.config import Config, UserError, nearest
@@ -54,6 +55,7 @@ class Features(NamedTuple):  # a tuple, because ZeRO-3's hooks look for tensors 
     pooled: Tensor | None = None  # B D, what the head reads
     pyramid: list[Tensor] | None = None  # maps B C height width, coarse last
     attentions: list[Tensor] | None = None  # B H T T a block
+    layers: list[Tensor] | None = None  # maps B D height width by depth, a block or a stage each
 
 
 NAMES = Features._fields
@@ -75,6 +77,7 @@ class Backbone(nn.Module):
 
     gives: frozenset[str] = frozenset(NAMES) - {"heads"}  # what may be wanted
     keeps: bool = False  # whether `keep` works
+    layered: bool = False  # `compute` gives `layers` itself; else they are `pyramid`
     heads: Sequence[str] = ("head",)  # the parts that turn features into logits, by their prefix
 
     config: Any  # the family's own subclass of BackboneConfig
@@ -107,7 +110,12 @@ class Backbone(nn.Module):
         """
         names = wanted(want)
         self.refuse(images, names, keep, mask)
-        return self.compute(images, names, keep, mask, seeds)
+        if self.layered or "layers" not in names:
+            return self.compute(images, names, keep, mask, seeds)
+        found: Any = self.compute(images, names - {"layers"} | {"pyramid"}, keep, mask, seeds)
+        pyramid = found.pyramid if "pyramid" in names else None
+        features: Features = found._replace(layers=found.pyramid, pyramid=pyramid)
+        return features
 
     def compute(
         self,
@@ -144,10 +152,23 @@ class Backbone(nn.Module):
             _refuse_shape("mask", mask, (images.shape[0], rows * columns), torch.bool)
         if keep is not None:
             _refuse_shape("keep", keep, (images.shape[0], keep.shape[-1] if keep.ndim else 0), torch.int64)
-        if keep is not None and (mask is not None or "pyramid" in want):
+        if keep is not None and (mask is not None or want & {"pyramid", "layers"}):
             raise UserError(
-                "keep: given with a mask or a wanted pyramid, which need every patch; leave one out"
+                "keep: given with a mask or wanted pyramid or layers, which need every patch; leave one out"
             )
+
+    def layer_sizes(self) -> list[tuple[int, int, int]]:
+        """(D, height, width) of each of `layers` for images of `image_size`, at no cost; or []."""
+        if "layers" not in self.gives:
+            return []
+        named = [*self.named_parameters(), *self.named_buffers()]
+        empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in named}
+        image = torch.empty(1, self.config.in_chans, *self.image_size, device="meta")
+        trained = self.training
+        with torch.no_grad():
+            found: Any = functional_call(self.eval(), empty, (image, {"layers"}))
+        self.train(trained)
+        return [(m.shape[1], m.shape[2], m.shape[3]) for m in found.layers]
 
     def run(self, block: nn.Module, *inputs: Any) -> Any:
         """`block(*inputs)`; with `recompute` its insides are not kept for the gradient."""
@@ -161,6 +182,9 @@ class Backbone(nn.Module):
         return checkpoint(
             block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), repeating(block))
         )
+
+    def normalised(self, mean: Tensor, std: Tensor) -> None:
+        """Told before training what images are normalised with (C 1 1 each), for a model that paints pixels."""
 
     def resized(self, name: str, value: Tensor) -> Tensor | None:
         """A table of another resolution, by its name in the state dict, for this model's; None: no table."""

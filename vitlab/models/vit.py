@@ -96,6 +96,7 @@ class ViT(Backbone):
     """Images B C height width → logits, or the `Features` that were wanted."""
 
     keeps = True
+    layered = True
     config: ViTConfig
     pos_embed: Tensor
 
@@ -158,11 +159,14 @@ class ViT(Backbone):
         grid = self.config.grid((images.shape[2], images.shape[3]))
         x = self.pos_drop(self._embed(images, grid, keep, mask), seeds)
         maps: list[Tensor] | None = [] if "attentions" in want else None
-        alone = self.config.pool == "token" and not want & {"tokens", "pyramid", "attentions"}
+        layers: list[Tensor] = []
+        alone = self.config.pool == "token" and not want & {"tokens", "pyramid", "attentions", "layers"}
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
             x = self.run(block, x, seeds, maps, self.prefix if alone and i == last else None)
-        return self._read(x, want, maps, grid)
+            if "layers" in want:
+                layers.append(x[:, self.prefix :].transpose(1, 2).unflatten(2, grid))
+        return self._read(x, want, {"attentions": maps and list(maps), "layers": layers}, grid)
 
     def _embed(self, images: Tensor, grid: Size, keep: Tensor | None, mask: Tensor | None) -> Tensor:
         """B T D with positions added: prefix tokens first, then the patches, all or those kept."""
@@ -178,12 +182,9 @@ class ViT(Backbone):
         prefix = torch.cat(tokens, dim=1) + self.pos_embed[:, : self.prefix]
         return torch.cat([prefix.expand(images.shape[0], -1, -1), patches + places], dim=1)
 
-    def _read(
-        self, x: Tensor, want: frozenset[str], maps: list[Tensor] | None, grid: Size
-    ) -> Tensor | Features:
+    def _read(self, x: Tensor, want: frozenset[str], found: dict[str, Any], grid: Size) -> Tensor | Features:
         """Last block's output, B T D → logits or features."""
         sources = self._pool(x)
-        found: dict[str, Any] = {"attentions": maps and list(maps)}
         if not want or want & {"logits", "heads"}:
             found["heads"] = tuple(getattr(self, h)(s) for h, s in zip(self.heads, sources, strict=True))
             found["logits"] = self._join(found["heads"])
