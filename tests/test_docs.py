@@ -20,7 +20,7 @@ from vitlab.engine.launch import ClusterConfig
 from vitlab.engine.optim import OptimConfig
 from vitlab.evaluation import EvaluateConfig
 from vitlab.experiment import AdoptConfig, Between, Experiment, TrainConfig, TuneConfig
-from vitlab.methods import DistillConfig, MAEConfig, SupervisedConfig
+from vitlab.methods import DistillConfig, MAEConfig, SimMIMConfig, SupervisedConfig
 from vitlab.models import (
     BackboneConfig,
     BorrowedConfig,
@@ -56,6 +56,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "`model`: torchvision and timm": BorrowedConfig,
     "`method: {name: supervised}`": SupervisedConfig,
     "`method: {name: mae}`": MAEConfig,
+    "`method: {name: simmim}`": SimMIMConfig,
     "`method: {name: distill}`": DistillConfig,
     "`augment`": AugmentConfig,
     "`optim`": OptimConfig,

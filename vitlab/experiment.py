@@ -95,7 +95,7 @@ Stage = Annotated[TrainConfig | None, Field(default=None)]
 # The objectives that a stage may have.
 TRAINING = {
     "tokenizer": ("dvae",),
-    "pretrain": ("supervised", "mae"),
+    "pretrain": ("supervised", "mae", "simmim"),
     "finetune": ("supervised",),
     "distill": ("distill",),
 }

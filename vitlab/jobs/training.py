@@ -38,7 +38,7 @@ from vitlab.evaluation import (
 from vitlab.experiment import TrainConfig
 from vitlab.jobs.place import Place, mover, preprocess
 from vitlab.jobs.record import Recorder, Silent
-from vitlab.methods import MAE, METHODS, Method, Picture, create_method
+from vitlab.methods import METHODS, Method, Picture, create_method
 from vitlab.models import Backbone, from_config, load_model, load_state, save_model
 
 PICTURED = 8  # images in a reconstruction picture
@@ -165,9 +165,9 @@ def _validation(job: TrainJob, method: Method, shards: Shards, world: World) -> 
 def _reconstructions(
     job: TrainJob, method: Method, strategy: Strategy, shards: Shards, world: World
 ) -> Picture | None:
-    """Image, visible part and reconstruction of some held-out images, values in 0..1; only MAE has them."""
+    """What a method that paints makes of some held-out images: values in 0..1."""
     split = next((s for s in ("held_out", "val") if shards.count(s)), None)
-    if not isinstance(method, MAE) or split is None:
+    if not hasattr(method, "picture") or split is None:
         return None
     mean, std = (t.to(world.device) for t in normalisation(job.place.data))
     batch = next(iter(eval_batches(shards, job.place.data, split, PICTURED * world.size, world)))
@@ -184,7 +184,7 @@ def _publish_model(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         if picture is not None:
-            title = f"MAE reconstructions of held-out images · {job.stage}"
+            title = f"Reconstructions of held-out images · {job.stage}, {job.config.method.name}"
             figure = reconstruction_figure(picture.original, picture.masked, picture.reconstruction, title)
             save_figure(figure, folder / "pictures/reconstructions.png")
             store.upload(job.place.run_id, folder / "pictures", "pictures")

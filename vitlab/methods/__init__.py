@@ -11,11 +11,19 @@ from vitlab.config import UserError
 from vitlab.methods.base import Average, Losses, Method, Moment
 from vitlab.methods.distill import Distill, DistillConfig
 from vitlab.methods.mae import MAE, MAEConfig, Picture
+from vitlab.methods.simmim import SimMIM, SimMIMConfig
 from vitlab.methods.supervised import Supervised, SupervisedConfig
 from vitlab.models import Backbone
 
-METHODS: dict[str, Any] = {"supervised": Supervised, "mae": MAE, "distill": Distill}  # name → a `Method`
-MethodConfig = Annotated[SupervisedConfig | MAEConfig | DistillConfig, Field(discriminator="name")]
+METHODS: dict[str, Any] = {  # name → a `Method`
+    "supervised": Supervised,
+    "mae": MAE,
+    "simmim": SimMIM,
+    "distill": Distill,
+}
+MethodConfig = Annotated[
+    SupervisedConfig | MAEConfig | SimMIMConfig | DistillConfig, Field(discriminator="name")
+]
 
 
 def create_method(config: Any, model: Backbone, **guides: nn.Module | None) -> Method:
@@ -51,6 +59,8 @@ __all__ = [
     "MethodConfig",
     "Moment",
     "Picture",
+    "SimMIM",
+    "SimMIMConfig",
     "Supervised",
     "SupervisedConfig",
     "create_method",
