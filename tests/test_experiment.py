@@ -11,16 +11,8 @@ from PIL import Image
 
 from vitlab.config import UserError, build
 from vitlab.data import ShardInfo, Shards, ShardsConfig
-from vitlab.experiment import (
-    Experiment,
-    TrainConfig,
-    TuneConfig,
-    changed,
-    check_shards,
-    from_anywhere,
-    read,
-    trial_stages,
-)
+from vitlab.experiment import Experiment, check_shards, from_anywhere, read, trial_stages
+from vitlab.sections import TrainConfig, TuneConfig, changed
 from vitlab.stages import Run
 from vitlab.tune import Space, _settings, most_epochs
 

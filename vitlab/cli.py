@@ -26,8 +26,13 @@ def pipeline(
     default: str,
     needs: Sequence[str] = (),
     argv: Sequence[str] | None = None,
+    *,
+    compares: bool = False,
 ) -> None:
-    """Runs a pipeline as a program: `python pipelines/NAME.py [experiment.yaml] [key=value …]`."""
+    """Runs a pipeline as a program: `python pipelines/NAME.py [experiment.yaml] [key=value …]`.
+
+    `compares`: its chain loops over `each(run)`, so an experiment may have a `compare` section.
+    """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
     name = Path(sys.argv[0]).name
     parser = argparse.ArgumentParser(
@@ -43,17 +48,26 @@ def pipeline(
     if "=" in given.experiment:
         given.overrides.insert(0, given.experiment)
         given.experiment = default
-    sys.exit(guarded(lambda: _start(main, given.experiment, given.overrides, needs)))
+    sys.exit(guarded(lambda: _start(main, given.experiment, given.overrides, needs, compares)))
 
 
 def _start(
-    main: Callable[[Experiment], None], file: str, overrides: Sequence[str], needs: Sequence[str]
+    main: Callable[[Experiment], None],
+    file: str,
+    overrides: Sequence[str],
+    needs: Sequence[str],
+    compares: bool,
 ) -> None:
+    from vitlab.config import UserError
     from vitlab.experiment import read
 
     path = Path(file)
     experiment = read(path if path.exists() else HERE / file, overrides)
     experiment.require(*needs)
+    if experiment.compare is not None and not compares:
+        raise UserError(
+            "compare: this pipeline runs its chain once; loop over each(run) in it, or leave it out"
+        )
     main(experiment)
 
 

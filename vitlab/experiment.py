@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, overload
 
@@ -13,89 +12,20 @@ import torch
 from pydantic import Field, model_validator
 
 from vitlab.config import Config, UserError, build, free, load, resolved
-from vitlab.data import AugmentConfig, Shards, ShardsConfig
+from vitlab.data import Shards, ShardsConfig
 from vitlab.engine.launch import ClusterConfig
-from vitlab.engine.loop import LoopConfig
 from vitlab.evaluation import EvaluateConfig
 from vitlab.evaluation.attention import layers_of
-from vitlab.methods import METHODS, MethodConfig
+from vitlab.methods import METHODS
 from vitlab.models import ModelConfig, from_config
-from vitlab.models.borrowed import BorrowedConfig
+from vitlab.sections import AdoptConfig, CompareConfig, TrainConfig, TuneConfig, changed
 from vitlab.tracking import TrackingConfig
-from vitlab.wording import show
-
-
-class TrainConfig(LoopConfig):
-    """A training stage: which model, by which objective, on which views of the images."""
-
-    model: ModelConfig
-    method: MethodConfig
-    augment: AugmentConfig = AugmentConfig()
-
-
-class AdoptConfig(Config):
-    """A model whose weights come from outside: a file, a folder, `runs:/ID/model`, or `hub`."""
-
-    model: ModelConfig
-    weights: str = free(..., min_length=1)  # the digest of what is there is in the key, not the place
-    replace: list[str] = Field([])  # prefixes that start fresh, as `head`
-    part: str | None = None  # of a checkpoint with several, as `teacher`
-
-    @model_validator(mode="after")
-    def _published(self) -> AdoptConfig:
-        if self.weights == "hub" and not isinstance(self.model, BorrowedConfig):
-            raise ValueError("weights: given 'hub', which models of torchvision and timm have; give a file")
-        return self
-
-
-class Between(Config):
-    """Any number from `low` to `high`; `log` spreads the trials over orders of magnitude."""
-
-    low: float
-    high: float
-    log: bool = False
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Between:
-        if not self.low < self.high:
-            raise ValueError(f"low {self.low} must be below high {self.high}")
-        if self.log and self.low <= 0:
-            raise ValueError(f"low {self.low}: with log it must be above 0")
-        return self
-
-
-class TuneConfig(Config):
-    """A search over the fine-tune stage; keys of `space` are keys of that stage, as `optim.lr`."""
-
-    space: dict[str, Between | list[Any]]
-    trials: int = Field(8, gt=0)
-    metric: Literal["val/top1", "val/loss"] = "val/top1"
-    mode: Literal["max", "min"] = "max"
-    grace_epochs: int = Field(1, gt=0, description="epochs before ASHA may stop a trial")
-    reduction: int = Field(3, gt=1, description="ASHA keeps one of so many at each rung")
-    concurrent: int = free(2, gt=0, description="trials at a time")
-    workers: int = free(0, ge=0, description="workers of a trial; 0: in the trial's own process")
-
-
-def changed(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of plain data with values set by dotted keys."""
-    out = copy.deepcopy(dict(tree))
-    for key, value in changes.items():
-        *parents, leaf = key.split(".")
-        at = out
-        for name in parents:
-            at = at.setdefault(name, {})
-            if not isinstance(at, dict):
-                raise UserError(f"{key}: unknown key; {name} holds {show(at)}, no keys")
-        at[leaf] = value
-    return out
-
 
 Stage = Annotated[TrainConfig | None, Field(default=None)]
 # The objectives that a stage may have.
 TRAINING = {
     "tokenizer": ("dvae",),
-    "pretrain": ("supervised", "mae", "simmim"),
+    "pretrain": ("supervised", "mae", "simmim", "dino"),
     "finetune": ("supervised",),
     "distill": ("distill",),
 }
@@ -115,6 +45,7 @@ class Experiment(Config):
     distill: Stage
     evaluate: EvaluateConfig = EvaluateConfig()
     tune: TuneConfig | None = None
+    compare: CompareConfig | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> Experiment:
@@ -219,6 +150,35 @@ def _stage_problems(name: str, stage: TrainConfig, data: ShardsConfig, workers: 
             f"{name}.recompute=true saves memory too"
         )
     yield from method.problems(name, stage.method, stage.model, data.image_size)
+    yield from _augment_problems(f"{name}.augment", stage, data.streams, workers)
+
+
+def _augment_problems(key: str, stage: TrainConfig, streams: int, workers: int) -> Iterator[str]:
+    """What the views cannot be, given the method; how images can be mixed, given the order they come in."""
+    augment, method, name = stage.augment, METHODS[stage.method.name], key.removesuffix(".augment")
+    if not method.one_view and not augment.crops:
+        yield (
+            f"{key}.name: given {augment.name!r}; {stage.method.name} compares random views of an image; "
+            f"allowed: dino, msn, or set {key}.crop_scale"
+        )
+    if not augment.mixes:
+        return
+    which = "mixup" if augment.mixup else "cutmix"
+    if not method.mixes:
+        knowing = ", ".join(n for n, other in METHODS.items() if other.mixes)
+        given = f"given {getattr(augment, which):g}; {stage.method.name} has no use for mixed labels"
+        yield f"{key}.{which}: {given}, allowed: 0, or a method that has: {knowing}"
+    if stage.batch_size == streams:
+        yield (
+            f"{name}.batch_size: given {streams}; {key}.{which} mixes images of a stream in one batch, "
+            f"allowed: multiples of data.streams={streams} from {2 * streams}"
+        )
+    if streams // workers % stage.accumulate:
+        yield (
+            f"{name}.accumulate: given {stage.accumulate}; {key}.{which} mixes images of a stream, which "
+            f"micro-batches must not cut; with {streams} streams on {workers} workers allowed: "
+            f"{_divisors(max(1, streams // workers))}"
+        )
 
 
 def _tune_problems(tune: TuneConfig, experiment: Experiment) -> Iterator[str]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -23,12 +24,13 @@ from vitlab.data import Shards, ShardsConfig, prepare
 from vitlab.engine import checkpoint
 from vitlab.engine.launch import Session
 from vitlab.evaluation import EvaluateConfig
-from vitlab.experiment import AdoptConfig, Experiment, TrainConfig, check_shards, from_anywhere
+from vitlab.experiment import Experiment, check_shards, from_anywhere
 from vitlab.face import Face, Line, Row
 from vitlab.home import git_sha, home, locked
 from vitlab.jobs import EvaluateJob, Place, TrainJob, forget, work
 from vitlab.jobs.adopting import AdoptJob, locate, run_adoption
-from vitlab.jobs.naming import figured, title
+from vitlab.jobs.naming import ended, figured, title
+from vitlab.sections import AdoptConfig, TrainConfig
 from vitlab.tracking import Store
 
 # Raised when the same config must give another result than before: part of every key of the stage.
@@ -70,6 +72,8 @@ class Run:
         self.home = home()
         self.search, self.listen = search, listen
         self.done: dict[str, Done] = {}  # by label
+        self.within = ""  # of a comparison: the variant and seed, before every label
+        self.images: Shards | None = None
         self.line: Line | None = None
 
     def __enter__(self) -> Self:
@@ -91,9 +95,21 @@ class Run:
             self.session.close()
         finally:
             if self.search is None:
-                self.store.status(self.run_id, _status(kind))
+                self.store.status(self.run_id, ended(kind))
         if kind is None and self.search is None:
             self._summary()
+
+    @contextmanager
+    def under(self, experiment: Experiment, name: str) -> Iterator[dict[str, dict[str, float]]]:
+        """Goes by another experiment inside; what its stages measured is in the dict afterwards, by label."""
+        before, found = (self.experiment, self.done), dict[str, dict[str, float]]()
+        self.experiment, self.done, self.within = experiment, {}, f"{name} · "
+        try:
+            yield found
+            found |= {label: done.metrics for label, done in self.done.items()}
+        finally:
+            (self.experiment, others), self.within = before, ""
+            self.done = others | self.done  # the last of each label stands for the run
 
     # ------------------------------------------------------------ the stages
 
@@ -107,6 +123,7 @@ class Run:
             shards = prepare(config, dest)
         if given == self.experiment.data:
             check_shards(self.experiment, shards, evaluates=self.pipeline != "notebook")
+            self.images = shards
         counts = ", ".join(f"{shards.count(split)} {split}" for split in shards.splits)
         self.face.print(f"  data: {counts} images of {len(shards.classes)} classes in {shards.path}")
         self.store.tag(self.run_id, {"vitlab.data_digest": shards.digest})
@@ -254,7 +271,7 @@ class Run:
         try:
             result = do(run_id)
         except BaseException as error:
-            self.store.status(run_id, _status(type(error)))
+            self.store.status(run_id, ended(type(error)))
             raise
         self.store.metrics(run_id, {f"wall/{name}_s": t for name, t in result["seconds"].items()})
         self.store.status(run_id, "FINISHED")
@@ -269,16 +286,16 @@ class Run:
     ) -> Artifact:
         self.done[label] = Done(artifact, metrics)
         figure = figured(metrics)
+        label = self.within + label
         self.face.done(Row(label, outcome, time.monotonic() - begin, figure, artifact.run_id))
         if self.search is not None:
             return artifact
+        plain = label.replace(" · ", "/")  # MLflow takes no dot like that in a name
         self.store.tag(
-            self.run_id, {f"vitlab.run.{label}": artifact.run_id, f"vitlab.outcome.{label}": outcome}
+            self.run_id, {f"vitlab.run.{plain}": artifact.run_id, f"vitlab.outcome.{plain}": outcome}
         )
-        headline = {  # eval/top1, not eval/class/NAME and its like
-            n: v for n, v in metrics.items() if n.startswith(("val/", "eval/")) and n.count("/") == 1
-        }
-        self.store.metrics(self.run_id, {f"{label}/{n}": v for n, v in headline.items()})
+        shown = {n: v for n, v in metrics.items() if n.startswith(("val/", "eval/")) and n.count("/") == 1}
+        self.store.metrics(self.run_id, {f"{plain}/{n}": v for n, v in shown.items()})
         return artifact
 
     def _event(self, kind: str, payload: Any) -> None:
@@ -326,11 +343,3 @@ class Run:
         found = self.store.find({"vitlab.stage": stage})
         others = [r.run_id for r in found if r.status == "FINISHED" and r.run_id != mine]
         self.face.print(f"compare  {self.store.comparison([mine, *others[:4]])}")
-
-
-def _status(error: type[BaseException] | None) -> str:
-    if error is None:
-        return "FINISHED"
-    return (
-        "KILLED" if issubclass(error, KeyboardInterrupt | SystemExit) else "FAILED"
-    )  # Tune stops by SystemExit

@@ -18,9 +18,10 @@ from vitlab.data import Shards, open_shards
 from vitlab.engine.launch import JobFailed, connect
 from vitlab.evaluation import save_figure
 from vitlab.evaluation.search import Trial, search_figure
-from vitlab.experiment import Between, Experiment, TrainConfig, TuneConfig, changed, trial_stages
+from vitlab.experiment import Experiment, trial_stages
 from vitlab.face import Face, Line
 from vitlab.jobs import forget
+from vitlab.sections import Between, TrainConfig, TuneConfig, changed
 from vitlab.stages import Result, Run
 
 

@@ -18,12 +18,12 @@ import torch
 
 from vitlab.cache import Artifact, publish
 from vitlab.config import UserError, digest
-from vitlab.data import Shards
-from vitlab.experiment import AdoptConfig
+from vitlab.data import Shards, normalisation
 from vitlab.jobs.fetching import RUNS, fetch
 from vitlab.jobs.place import Place, preprocess
-from vitlab.models import Backbone, Report, from_config, load_weights, save_model
+from vitlab.models import TOKENIZERS, Backbone, Report, from_config, load_weights, save_model
 from vitlab.models.borrowed import BorrowedConfig, pretrained, published
+from vitlab.sections import AdoptConfig
 from vitlab.tracking import Store, folder_digest
 
 HUB = "hub"
@@ -71,11 +71,13 @@ def run_adoption(job: AdoptJob, note: Callable[[str], None]) -> dict[str, Any]:
     shards, images = job.place.open(), preprocess(job.place.data)
     torch.manual_seed(job.seed)  # of what starts fresh
     size = job.place.data.image_size
-    model = from_config(job.config.model, num_classes=len(shards.classes), image_size=size)
+    classes = 0 if type(job.config.model) in TOKENIZERS else len(shards.classes)
+    model = from_config(job.config.model, num_classes=classes, image_size=size)
+    model.normalised(*normalisation(job.place.data))
     weights, made = _read(job.config, job.source, (size, size))
     _compare(made, images, note)
     _same_classes(job, model, made, shards)
-    report = _fill(job.config, model, weights, len(shards.classes))
+    report = _fill(job.config, model, weights, classes)
     note(str(report))
     store = job.place.store()
     with tempfile.TemporaryDirectory() as scratch:

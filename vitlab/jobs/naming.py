@@ -1,9 +1,9 @@
-"""What a stage's run is called, and which of its figures stands for it."""
+"""What a stage's run is called, how it ended, and which of its figures stands for it."""
 
 from __future__ import annotations
 
 from vitlab.config import Config
-from vitlab.experiment import AdoptConfig, TrainConfig
+from vitlab.sections import AdoptConfig, TrainConfig
 
 
 def title(label: str, config: Config) -> str:
@@ -22,10 +22,21 @@ def title(label: str, config: Config) -> str:
 def figured(metrics: dict[str, float]) -> str:
     for name, text in (
         ("eval/top1", "held-out top-1 {:.2%}"),
+        ("eval/knn_top1", "held-out kNN top-1 {:.2%}"),
+        ("eval/linear_top1", "held-out linear top-1 {:.2%}"),
         ("val/top1", "validation top-1 {:.2%}"),
+        ("probe/knn_top1", "validation kNN top-1 {:.2%}"),
+        ("probe/linear_top1", "validation linear top-1 {:.2%}"),
         ("val/loss", "validation loss {:.4f}"),
         ("train/loss", "training loss {:.4f}"),
     ):
         if name in metrics:
             return text.format(metrics[name])
     return ""
+
+
+def ended(error: type[BaseException] | None) -> str:
+    """MLflow's word for how a run ended."""
+    if error is None:
+        return "FINISHED"  # and Tune stops a trial by SystemExit
+    return "KILLED" if issubclass(error, KeyboardInterrupt | SystemExit) else "FAILED"
