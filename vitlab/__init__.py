@@ -1,7 +1,7 @@
 """vitlab: a distributed experiment pipeline for vision transformers.
 
-`Run` chains stages, `each` repeats a chain for variants and seeds, `read` loads an experiment, `load` opens a trained model, `create_model` makes a
-fresh one. Everything is imported when it is first used.
+`Run` chains stages, `each` repeats a chain for variants and seeds, `read` loads an experiment, `load` opens
+a trained model, `create_model` makes a fresh one. Everything is imported when it is first used.
 """
 
 from __future__ import annotations
