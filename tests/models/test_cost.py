@@ -13,7 +13,7 @@ from zoo import SMALL, small
 
 from vitlab import cli
 from vitlab.config import build
-from vitlab.models import FAMILIES, MODELS, create_model
+from vitlab.models import FAMILIES, MODELS, TOKENIZERS, create_model
 from vitlab.models import cost as room
 from vitlab.models.borrowed import BorrowedConfig
 from vitlab.models.cost import Cost, Listed, cost, cost_of, costs
@@ -35,7 +35,7 @@ def test_every_preset_is_listed(listed: Counted) -> None:
     assert set(listed) == {name for name, config in MODELS.items() if config is not BorrowedConfig}
     assert listed.seconds < 20
     for row in listed.values():
-        assert row.family == FAMILIES[MODELS[row.name]].__name__
+        assert row.family == {**FAMILIES, **TOKENIZERS}[MODELS[row.name]].__name__
         assert row.params > 0
         assert row.gflops > 0
 

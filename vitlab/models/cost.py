@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vitlab.models.borrowed import BorrowedConfig
 from vitlab.models.compact import CompactConfig
-from vitlab.models.families import FAMILIES, MODELS, create_model, from_config
+from vitlab.models.families import BUILT, MODELS, TOKENIZERS, create_model, from_config
 from vitlab.models.features import Backbone, BackboneConfig, Size
 
 IMAGENET = (224, 1000)  # image size, classes
@@ -61,10 +61,11 @@ def cost_of(model: Backbone, want: Collection[str] = ("logits", "tokens")) -> Co
 
 
 def costs() -> Iterator[Listed]:
-    """All presets. Compact models for small images are counted on CIFAR's, all others on ImageNet's."""
+    """All presets. Compact models for small images are counted on CIFAR's, all others on ImageNet's; of a
+    tokenizer the operations are those of naming the codes."""
     for name, config in MODELS.items():
         if config is not BorrowedConfig:  # these have as many sizes as the libraries have nets
             small = config is CompactConfig and name not in LARGE
             image_size, num_classes = CIFAR if small else IMAGENET
-            params, gflops = cost(name, image_size, num_classes)
-            yield Listed(name, FAMILIES[config].__name__, params, round(gflops, 4), image_size)
+            params, gflops = cost(name, image_size, 0 if config in TOKENIZERS else num_classes)
+            yield Listed(name, BUILT[config].__name__, params, round(gflops, 4), image_size)

@@ -1,4 +1,4 @@
-"""Families by the names of their presets: which config builds which model."""
+"""Families, and tokenizers, by the names of their presets: which config builds which model."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from vitlab.models.borrowed import Borrowed, BorrowedConfig
 from vitlab.models.coatnet import CoAtNet, CoAtNetConfig
 from vitlab.models.compact import Compact, CompactConfig
 from vitlab.models.cvt import CvT, CvTConfig
+from vitlab.models.dvae import DVAE, DVAEConfig
 from vitlab.models.features import Backbone, BackboneConfig, Size
 from vitlab.models.swin import Swin, SwinConfig
 from vitlab.models.vit import ViT, ViTConfig
@@ -23,11 +24,14 @@ FAMILIES: dict[type[BackboneConfig], type[Backbone]] = {
     CvTConfig: CvT,
     CoAtNetConfig: CoAtNet,
 }
+# What names codes and no classes: trained in a stage of its own, no other objective takes it.
+TOKENIZERS: dict[type[BackboneConfig], type[Backbone]] = {DVAEConfig: DVAE}
 ModelConfig = Annotated[
-    ViTConfig | BorrowedConfig | CompactConfig | SwinConfig | CvTConfig | CoAtNetConfig,
+    ViTConfig | BorrowedConfig | CompactConfig | SwinConfig | CvTConfig | CoAtNetConfig | DVAEConfig,
     Field(discriminator="name"),
 ]
-MODELS = {name: config for config in FAMILIES for name in config.presets}
+BUILT = {**FAMILIES, **TOKENIZERS}
+MODELS = {name: config for config in BUILT for name in config.presets}
 
 
 def create_model(name: str, *, num_classes: int, image_size: int | Size, **overrides: Any) -> Backbone:
@@ -42,4 +46,4 @@ def from_config(config: BackboneConfig, *, num_classes: int, image_size: int | S
     """A fresh model. `num_classes` 0: no head, the logits are the pooled features."""
     if num_classes < 0:
         raise UserError(f"num_classes: given {num_classes}; allowed: 0 (no head) or more")
-    return FAMILIES[type(config)](config, num_classes, image_size)
+    return BUILT[type(config)](config, num_classes, image_size)

@@ -184,7 +184,7 @@ class Backbone(nn.Module):
         )
 
     def normalised(self, mean: Tensor, std: Tensor) -> None:
-        """Told before training what images are normalised with (C 1 1 each), for a model that paints pixels."""
+        """Told before training what images are normalised with, C 1 1 each, for a model of pixels."""
 
     def resized(self, name: str, value: Tensor) -> Tensor | None:
         """A table of another resolution, by its name in the state dict, for this model's; None: no table."""

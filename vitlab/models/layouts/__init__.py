@@ -6,8 +6,9 @@ from vitlab.models.borrowed import Borrowed
 from vitlab.models.coatnet import CoAtNet
 from vitlab.models.compact import Compact
 from vitlab.models.cvt import CvT
+from vitlab.models.dvae import DVAE
 from vitlab.models.features import Backbone
-from vitlab.models.layouts import borrowed, coatnet, compact, cvt, swin, vit
+from vitlab.models.layouts import borrowed, coatnet, compact, cvt, dvae, swin, vit
 from vitlab.models.layouts.base import Layout
 from vitlab.models.swin import Swin
 from vitlab.models.vit import ViT
@@ -19,6 +20,7 @@ LAYOUTS: dict[type[Backbone], tuple[Layout, ...]] = {
     Swin: swin.LAYOUTS,
     Compact: compact.LAYOUTS,
     CoAtNet: coatnet.LAYOUTS,
+    DVAE: dvae.LAYOUTS,
 }
 
 __all__ = ["LAYOUTS", "Layout"]
