@@ -41,6 +41,8 @@ class Batch:
     keys: list[str]  # B, the names the samples have in their shards
     mean: Tensor = field(default_factory=lambda: torch.zeros(()))  # C 1 1, what `to` normalised with
     std: Tensor = field(default_factory=lambda: torch.ones(()))
+    others: Tensor | None = None  # B, int64: labels of what was mixed in, of a batch that is mixed
+    share: Tensor | None = None  # B: what each image has of its own label, the rest is the other's
 
     def pixels(self, view: int = 0) -> Tensor:
         """A view as it was before it was normalised: values in 0..1."""

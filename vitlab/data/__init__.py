@@ -1,9 +1,11 @@
 """Labelled images: written as shards of tars, read as batches that do not depend on who reads them."""
 
-from vitlab.data.augment import AugmentConfig, eval_transform, train_transform
+from vitlab.data.augment import eval_transform, train_transform
 from vitlab.data.index import ShardInfo, Shards, index_existing, open_shards
+from vitlab.data.mixing import draw_lots, mixed
 from vitlab.data.order import Order, chosen, exact
 from vitlab.data.read import ReadPlan, decode, eval_batches, order_of, train_batches
+from vitlab.data.recipes import AugmentConfig, RandAugmentConfig, ViewRecipe
 from vitlab.data.settings import ShardsConfig, check_classes, normalisation
 from vitlab.data.sources import Source, digits, folder
 from vitlab.data.tars import Sample
@@ -12,16 +14,19 @@ from vitlab.data.write import hugging_face, limited, open_source, prepare, write
 __all__ = [
     "AugmentConfig",
     "Order",
+    "RandAugmentConfig",
     "ReadPlan",
     "Sample",
     "ShardInfo",
     "Shards",
     "ShardsConfig",
     "Source",
+    "ViewRecipe",
     "check_classes",
     "chosen",
     "decode",
     "digits",
+    "draw_lots",
     "eval_batches",
     "eval_transform",
     "exact",
@@ -29,6 +34,7 @@ __all__ = [
     "hugging_face",
     "index_existing",
     "limited",
+    "mixed",
     "normalisation",
     "open_shards",
     "open_source",

@@ -30,9 +30,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from vitlab.batch import Batch, View, sample_seeds
 from vitlab.config import UserError
-from vitlab.data.augment import AugmentConfig, Transform, eval_transform, train_transform
+from vitlab.data.augment import Transform, eval_transform, train_transform
 from vitlab.data.index import ShardInfo, Shards
 from vitlab.data.order import Order, exact
+from vitlab.data.recipes import AugmentConfig
 from vitlab.data.settings import ShardsConfig, check_classes
 from vitlab.data.tars import NO_LABEL, Columns, read_member
 from vitlab.dist import World
@@ -198,11 +199,12 @@ class _Recipe(NamedTuple):
 
     view: View
     augment: AugmentConfig | None
+    largest: int = 0  # side of the largest view beside it
 
     def transform(self) -> Transform:
         if self.augment is None:
             return eval_transform(self.view.size)
-        return train_transform(self.augment, self.view)
+        return train_transform(self.augment, self.view, self.largest)
 
 
 def order_of(shards: Shards, config: ShardsConfig, plan: ReadPlan) -> Order:
@@ -220,7 +222,10 @@ def train_batches(
     requests = _train_requests(
         order, order.share(plan.rank, plan.workers), plan.micro, plan.epochs, start_step
     )
-    recipes = [_Recipe(View(*view), plan.augment) for view in plan.views]
+    names, largest = [view.name for view in plan.views], max(view.size for view in plan.views)
+    for name in plan.augment.unknown_views(names):
+        raise UserError(f"augment.views: given {name!r}; the method has {', '.join(names)}")
+    recipes = [_Recipe(View(*view), plan.augment, largest) for view in plan.views]
     return _run(Micros(shards, "train", config.channels, plan.seed, recipes), requests, plan.loaders)
 
 

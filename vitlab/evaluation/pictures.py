@@ -96,6 +96,25 @@ def _hatch(axes: Axes, hidden: Tensor) -> None:
     tint = torch.zeros(*hidden.shape, 4)
     tint[hidden] = torch.tensor([0.94, 0.55, 0.24, 1.0])
     axes.imshow(tint.numpy(), interpolation="nearest")
+def augmentation_figure(views: dict[str, Tensor], title: str) -> Figure:
+    """A row for each image, a column for each view by its name: what a method gets. Values in 0..1."""
+    rows = min(len(images) for images in views.values())
+    figure = blank_figure(1.0 * len(views) + 0.4, 1.0 * rows + 0.7)
+    grid = figure.add_gridspec(rows, len(views), wspace=0.06, hspace=0.06)
+    for c, (name, images) in enumerate(views.items()):
+        for r in range(rows):
+            axes = figure.add_subplot(grid[r, c])
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.spines[:].set_color("#cccccc")
+            pixels = images[r].detach().float().cpu().clamp(0, 1).permute(1, 2, 0)
+            axes.imshow(pixels.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            if r == 0:
+                axes.set_title(f"{name}\n{images.shape[-1]} px", fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
 
 
 def shortened(label: str) -> str:

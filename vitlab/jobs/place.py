@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vitlab.batch import Batch
-from vitlab.data import Shards, ShardsConfig, normalisation, open_shards
+from vitlab.data import AugmentConfig, Shards, ShardsConfig, draw_lots, mixed, normalisation, open_shards
 from vitlab.dist import World
 from vitlab.tracking import Store, TrackingConfig
 
@@ -31,10 +31,15 @@ class Place:
         return open_shards(self.shards)
 
 
-def mover(data: ShardsConfig, world: World) -> Callable[[Batch], Batch]:
-    """What puts a batch on this worker's device, normalised."""
+def mover(
+    data: ShardsConfig, world: World, augment: AugmentConfig | None = None, batch_size: int = 0
+) -> Callable[[Batch], Batch]:
+    """What puts a batch on this worker's device, normalised; of a training batch, images mixed if asked."""
     mean, std = (t.to(world.device) for t in normalisation(data))
-    return lambda batch: batch.to(world.device, mean, std)
+    if augment is None or not augment.mixes:
+        return lambda batch: batch.to(world.device, mean, std)
+    group = batch_size // data.streams
+    return lambda batch: mixed(batch.to(world.device, mean, std), draw_lots(batch, augment, group))
 
 
 def preprocess(data: ShardsConfig) -> dict[str, Any]:

@@ -62,6 +62,7 @@ class Method(nn.Module):
     guide: ClassVar[Literal["", "teacher", "tokenizer"]] = ""  # the trained model that it learns from
     takes: ClassVar[tuple[type[BackboneConfig], ...]] = ()  # the families it can train; empty: all
     whole_batch: ClassVar[bool] = False  # its loss looks at a batch as a whole: no micro-batches
+    mixes: ClassVar[bool] = False  # its loss knows images mixed of two, with two labels
     one_view: ClassVar[bool] = True  # its loss can be taken on one plain view: there is a `val/loss`
 
     model: Backbone  # the one that is trained

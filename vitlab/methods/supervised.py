@@ -8,6 +8,9 @@ logits remain the mean of both heads: to start from nothing, take `distill` or a
 
 A sample without a label (-1) has no part in the loss, nor in the mean over the batch.
 
+Where Mixup or CutMix (1710.09412, 1905.04899) made an image of two, the loss is that of both labels by their
+shares, which is the cross-entropy with the mixed label; `top1` asks for the image's own label.
+
 Letters: B samples, C classes.
 """
 
@@ -31,6 +34,8 @@ class SupervisedConfig(Config):
 
 
 class Supervised(Method):
+    mixes = True
+
     def __init__(self, config: SupervisedConfig, model: Backbone, image_size: int) -> None:
         super().__init__()
         if model.num_classes < 1:
@@ -49,7 +54,7 @@ class Supervised(Method):
         features = model(batch.views[0], {"heads" if self.two_heads else "logits"}, seeds=batch.seeds)
         logits = features.heads[0] if self.two_heads else features.logits
         weight = labelled(batch)
-        loss = cross_entropy(logits, batch.labels, self.config.label_smoothing)
+        loss = label_loss(logits, batch, self.config.label_smoothing)
         return Losses((loss * weight).sum(), {"top1": (correct(logits, batch.labels) * weight).sum()})
 
     def export(self) -> Backbone:
@@ -64,6 +69,15 @@ def labelled(batch: Batch) -> Tensor:
 def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     """B C, B → B. A missing label (-1) gives a number that its weight of 0 takes out."""
     return F.cross_entropy(full(logits), labels.clamp(min=0), reduction="none", label_smoothing=smoothing)
+
+
+def label_loss(logits: Tensor, batch: Batch, smoothing: float = 0.0) -> Tensor:
+    """B C → B: the cross-entropy with the label; of a mixed image, with both labels by their shares."""
+    own = cross_entropy(logits, batch.labels, smoothing)
+    if batch.others is None or batch.share is None:
+        return own
+    share = batch.share.to(own.dtype)
+    return share * own + (1 - share) * cross_entropy(logits, batch.others, smoothing)
 
 
 def correct(logits: Tensor, labels: Tensor) -> Tensor:
