@@ -21,6 +21,7 @@ NAME = 16  # columns for a stage's name
 SENTENCE = {
     "train/loss": "loss {:.4f}",
     "val/top1": "val top-1 {:.1%}",
+    "probe/knn_top1": "kNN top-1 {:.1%}",
     "train/images_per_s": "{:,.0f} images/s",
 }
 
@@ -88,6 +89,7 @@ class Line:
         for name in (
             "train/images_per_s",
             "train/loss",
+            "probe/knn_top1",
             "val/top1",
             "left",
         ):  # what is missed least goes first

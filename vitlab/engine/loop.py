@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from pydantic import Field
@@ -65,7 +65,11 @@ class Recorder(Protocol):
         """Takes a line that a person must not miss."""
 
 
-Probe = Callable[[Strategy, int], Iterable[tuple[str, float]]]
+class Probe(NamedTuple):
+    """A look at the model every so many epochs and after the last step; it must not change the training."""
+
+    every: int
+    look: Callable[[Strategy, int], Iterable[tuple[str, float]]]
 
 
 @dataclass
@@ -83,6 +87,11 @@ class Plan:
     @property
     def steps(self) -> int:
         return self.config.epochs * self.steps_per_epoch
+
+    def due(self, done: int) -> list[Probe]:
+        """The probes whose turn it is after so many steps."""
+        spans = ((probe, self.steps_per_epoch * probe.every) for probe in self.probes)
+        return [probe for probe, span in spans if done % span == 0 or done == self.steps]
 
 
 def make_strategy(method: Method, config: LoopConfig, zero: int | None, world: World) -> Strategy:
@@ -131,8 +140,8 @@ def train(method: Method, strategy: Strategy, plan: Plan, world: World) -> dict[
         if world.first and trouble:
             plan.recorder.note(f"step {done}: {trouble}")
         last |= _report(done, values, plan, world)
-        if done % (plan.steps_per_epoch * plan.config.validate_every) == 0 or done == plan.steps:
-            last |= _probe(strategy, done, plan, world)
+        if probes := plan.due(done):
+            last |= _probe(strategy, done, probes, plan, world)
             clock.skip()
         if done < plan.steps and _due(done, plan):
             _commit(done, strategy, plan, window, world)
@@ -179,10 +188,10 @@ def _report(done: int, values: dict[str, float], plan: Plan, world: World) -> di
     return values
 
 
-def _probe(strategy: Strategy, done: int, plan: Plan, world: World) -> dict[str, float]:
+def _probe(strategy: Strategy, done: int, probes: list[Probe], plan: Plan, world: World) -> dict[str, float]:
     strategy.train(False)
     with torch.no_grad():
-        values = {name: value for probe in plan.probes for name, value in probe(strategy, done)}
+        values = {name: value for probe in probes for name, value in probe.look(strategy, done)}
     strategy.train(True)
     return _report(done, values, plan, world)
 

@@ -37,6 +37,7 @@ from vitlab.evaluation.attention_pictures import (
     rollout_figure,
 )
 from vitlab.evaluation.pictures import shortened
+from vitlab.jobs.judging import Judge, ways_for
 from vitlab.jobs.place import Place, mover, preprocess
 from vitlab.models import Backbone, load_model
 
@@ -55,46 +56,55 @@ def run_evaluation(job: EvaluateJob, world: World, post: Post) -> dict[str, Any]
     model = (
         Autocast(loaded.model, half(world.device, job.config.precision), world.device).to(world.device).eval()
     )
+    ways, judge = ways_for(job, loaded.model), Judge(job, shards, world)
     if job.config.attention:
         layers_of(model, loaded.model)  # a model without attention is refused before any work
-    to_device = mover(job.place.data, world)
-    batches = eval_batches(
-        shards, job.place.data, job.config.split, job.config.batch_size, world, loaders=job.place.loaders
-    )
-    total = -(-shards.count(job.config.split) // job.config.batch_size)
-    seen = (lambda n: post("progress", (n, total, {}))) if world.first else (lambda n: None)
-    tally = classify(model, (to_device(b) for b in batches), len(shards.classes), world, seen)
+    tally = _classify(job, shards, model, world, post) if loaded.model.num_classes else None
+    if ways.any:
+        judge.look(model, post)
     if not world.first:
         return {}
-    metrics, store = dict(tally.figures()), job.place.store()
+    store = job.place.store()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "report"
-        by_class = _report(job, shards, tally, folder)
+        folder, pictures = Path(scratch) / "report", Path(scratch) / "pictures"
+        folder.mkdir()
+        by_class = _confusion(job, shards, tally, folder) if tally else {}
+        metrics = (dict(tally.figures()) if tally else {}) | (judge.figures(ways) if ways.any else {})
+        report = {"metrics": metrics, "accuracy_by_class": by_class, "split": job.config.split}
+        (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", "utf8")
+        if ways.any:
+            judge.draw(pictures)
         if job.config.attention:
             found = _attention(job, shards, model, loaded.model, world, Path(scratch))
             if found.rollout is None:
                 post("note", "no rollout is drawn: the layers do not all look over one grid of patches")
-            store.upload(job.place.run_id, Path(scratch) / "pictures", "pictures")
             means = ((n, float(d.mean())) for n, d in enumerate(found.distances, 1))
             metrics |= {f"eval/attention_distance/layer_{n:02d}": mean for n, mean in means}
+        if pictures.is_dir():
+            store.upload(job.place.run_id, pictures, "pictures")
         artifact = publish(store, job.place.run_id, folder, "report")
     per_class = {f"eval/class/{name}": value for name, value in by_class.items() if value is not None}
     store.metrics(job.place.run_id, metrics | (per_class if len(per_class) <= 200 else {}))
     return {"artifact": artifact, "metrics": metrics, "seconds": {}}
 
 
-def _report(job: EvaluateJob, shards: Shards, tally: Tally, folder: Path) -> dict[str, float | None]:
-    """Writes the report's files; each class's share of right answers."""
-    metrics, split = dict(tally.figures()), job.config.split
-    title = (
-        f"{job.title} · {tally.images} {split.replace('_', '-')} images · top-1 {metrics['eval/top1']:.2%}"
-    )
+def _classify(job: EvaluateJob, shards: Shards, model: Autocast, world: World, post: Post) -> Tally:
+    """The answers of the model's own head."""
+    config, place = job.config, job.place
+    to_device = mover(place.data, world)
+    batches = eval_batches(shards, place.data, config.split, config.batch_size, world, loaders=place.loaders)
+    total = -(-shards.count(config.split) // config.batch_size)
+    seen = (lambda n: post("progress", (n, total, {}))) if world.first else (lambda n: None)
+    return classify(model, (to_device(b) for b in batches), len(shards.classes), world, seen)
+
+
+def _confusion(job: EvaluateJob, shards: Shards, tally: Tally, folder: Path) -> dict[str, float | None]:
+    """Writes what was taken for what; each class's share of right answers."""
+    top1, split = dict(tally.figures())["eval/top1"], job.config.split.replace("_", "-")
+    title = f"{job.title} · {tally.images} {split} images · top-1 {top1:.2%}"
     save_figure(confusion_figure(tally, shards.classes, title), folder / "confusion.png")
     (folder / "confusion.csv").write_text(confusion_table(tally, shards.classes), "utf8")
-    by_class = dict(zip(shards.classes, tally.by_class(), strict=True))
-    report = {"metrics": metrics, "accuracy_by_class": by_class, "split": split}
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", "utf8")
-    return by_class
+    return dict(zip(shards.classes, tally.by_class(), strict=True))
 
 
 def _attention(
@@ -107,9 +117,8 @@ def _attention(
     found = look(model, backbone, batch.views[0])
     mean, std = normalisation(data)
     images = batch.views[0].cpu() * std + mean
-    names = [
-        _caption(shards.classes, *p) for p in zip(batch.labels.tolist(), found.answers.tolist(), strict=True)
-    ]
+    answers = found.answers if backbone.num_classes else batch.labels  # without a head there are none
+    names = [_caption(shards.classes, *p) for p in zip(batch.labels.tolist(), answers.tolist(), strict=True)]
     of = f"{job.title} · {backbone.config.name} · {{}} · {split.replace('_', '-')} images"
     pictures = folder / "pictures"
     if found.heads is not None:

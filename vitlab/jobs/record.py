@@ -27,7 +27,8 @@ class Recorder:
     def progress(self, step: int, total: int, values: dict[str, float]) -> None:
         now = time.monotonic()
         validated = any(name.startswith("val/") for name in values)
-        if validated or now - self.shown > SHOW_EVERY:
+        probed = any(name.startswith("probe/") for name in values)
+        if validated or probed or now - self.shown > SHOW_EVERY:
             self.shown = now
             self.post("progress", (step, total, values))
         if validated:

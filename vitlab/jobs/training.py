@@ -27,7 +27,7 @@ from vitlab.data import (
     train_batches,
 )
 from vitlab.dist import World
-from vitlab.engine.loop import Plan, make_strategy, train
+from vitlab.engine.loop import Plan, Probe, make_strategy, train
 from vitlab.engine.serve import Post
 from vitlab.engine.strategy import Strategy
 from vitlab.evaluation import (
@@ -35,11 +35,12 @@ from vitlab.evaluation import (
     save_figure,
     validate,
 )
-from vitlab.experiment import TrainConfig
 from vitlab.jobs.place import Place, mover, preprocess
+from vitlab.jobs.probing import feature_probes
 from vitlab.jobs.record import Recorder, Silent
 from vitlab.methods import METHODS, Method, Picture, create_method
 from vitlab.models import Backbone, from_config, load_model, load_state, save_model
+from vitlab.sections import TrainConfig
 
 PICTURED = 8  # images in a reconstruction picture
 
@@ -83,7 +84,10 @@ def run_training(job: TrainJob, world: World, post: Post) -> dict[str, Any]:
         batches=lambda start: _steps(job.place, shards, read, world, start),
         recorder=recorder,
         checkpoints=job.checkpoints,
-        probes=[_validation(job, method, shards, world)] if method.one_view and shards.count("val") else [],
+        probes=[
+            *_validation(job, method, shards, world),
+            *feature_probes(config, job.place, method, shards, world, recorder.note),
+        ],
         may_commit=may_write,
     )
     ready = time.perf_counter()
@@ -145,21 +149,23 @@ def _start_from(model: Backbone, folder: Path) -> None:
 
 
 def _steps(place: Place, shards: Shards, read: ReadPlan, world: World, start: int) -> Iterator[list[Batch]]:
-    to_device = mover(place.data, world, read.augment, read.batch)
+    to_device = mover(place.data, world)
     batches = train_batches(shards, place.data, read, start_step=start)
     while step := [to_device(batch) for batch in itertools.islice(batches, read.accumulate)]:
         yield step
 
 
-def _validation(job: TrainJob, method: Method, shards: Shards, world: World) -> Any:
+def _validation(job: TrainJob, method: Method, shards: Shards, world: World) -> list[Probe]:
+    if not method.one_view or not shards.count("val"):
+        return []
     to_device = mover(job.place.data, world)
 
-    def probe(strategy: Strategy, step: int) -> Iterator[tuple[str, float]]:
+    def look(strategy: Strategy, step: int) -> Iterator[tuple[str, float]]:
         size, loaders = job.config.batch_size, job.place.loaders
         batches = eval_batches(shards, job.place.data, "val", size, world, loaders=loaders)
         return validate(strategy.forward, method.weigh, (to_device(b) for b in batches), world)
 
-    return probe
+    return [Probe(job.config.validate_every, look)]
 
 
 def _reconstructions(
