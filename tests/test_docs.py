@@ -18,7 +18,7 @@ from vitlab.config import build, resolved
 from vitlab.data import AugmentConfig, ShardsConfig
 from vitlab.engine.launch import ClusterConfig
 from vitlab.engine.optim import OptimConfig
-from vitlab.evaluation import EvaluateConfig
+from vitlab.evaluation import EvaluateConfig, ProbeConfig
 from vitlab.experiment import AdoptConfig, Between, Experiment, TrainConfig, TuneConfig
 from vitlab.methods import DistillConfig, MAEConfig, SimMIMConfig, SupervisedConfig
 from vitlab.models import (
@@ -48,6 +48,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "`tracking`": TrackingConfig,
     "`adopt`": AdoptConfig,
     "`tokenizer`, `pretrain`, `finetune`, `distill`": TrainConfig,
+    "`probe`": ProbeConfig,
     "`model`: ViT and DeiT": ViTConfig,
     "`model`: Swin": SwinConfig,
     "`model`: CvT": CvTConfig,
