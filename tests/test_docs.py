@@ -19,17 +19,20 @@ from vitlab.data import AugmentConfig, ShardsConfig
 from vitlab.engine.launch import ClusterConfig
 from vitlab.engine.optim import OptimConfig
 from vitlab.evaluation import EvaluateConfig, ProbeConfig
-from vitlab.experiment import AdoptConfig, Between, Experiment, TrainConfig, TuneConfig
-from vitlab.methods import DistillConfig, MAEConfig, SimMIMConfig, SupervisedConfig
+from vitlab.experiment import Experiment
+from vitlab.methods import DistillConfig, DVAETrainingConfig, MAEConfig, SimMIMConfig, SupervisedConfig
+from vitlab.methods.hints import Hint
 from vitlab.models import (
     BackboneConfig,
     BorrowedConfig,
     CoAtNetConfig,
     CompactConfig,
     CvTConfig,
+    DVAEConfig,
     SwinConfig,
     ViTConfig,
 )
+from vitlab.sections import AdoptConfig, Between, CompareConfig, TrainConfig, TuneConfig
 from vitlab.stages import SEEN
 from vitlab.tracking import TrackingConfig
 
@@ -55,15 +58,19 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "`model`: CoAtNet": CoAtNetConfig,
     "`model`: compact transformers": CompactConfig,
     "`model`: torchvision and timm": BorrowedConfig,
+    "`model`: discrete VAE": DVAEConfig,
     "`method: {name: supervised}`": SupervisedConfig,
     "`method: {name: mae}`": MAEConfig,
     "`method: {name: simmim}`": SimMIMConfig,
     "`method: {name: distill}`": DistillConfig,
+    "A pair of `distill.method.hints`": Hint,
+    "`method: {name: dvae}`": DVAETrainingConfig,
     "`augment`": AugmentConfig,
     "`optim`": OptimConfig,
     "`evaluate`": EvaluateConfig,
     "`tune`": TuneConfig,
     "A range of `tune.space`": Between,
+    "`compare`": CompareConfig,
 }
 
 

@@ -1,14 +1,16 @@
-"""Learning from a teacher and from labels at once.
+"""Learning from a teacher and from labels at once, of its last layer and of those before it.
 
 Paper: Touvron et al. 2020, DeiT (arXiv 2012.12877), equations 2 (soft) and 3 (hard); soft targets are
 Hinton et al. 2015 (1503.02531).
 
-  L = (1 - α) · CE(class head, labels) + α · D(distillation head, teacher)
+  L = (1 - α) · CE(class head, labels) + α · D(distillation head, teacher) + β · mean of H over the pairs
   hard: D = CE(student, argmax teacher)        soft: D = T² · KL(teacher/T ‖ student/T) / C
 
 Without the distillation token both terms read the model's logits. Conventions of the authors' code: soft D is
 divided by batch × classes, where equation 2 has no 1/C; the teacher sees the very view that the student sees
 (Beyer et al. 2021, 2106.05237, call it consistent teaching); smoothing touches the labels only.
+
+H compares layers before the last, see hints.py; β is `hint_weight`. Without `hints` there is no such term.
 
 Departures: temperature and kind are free of each other, as is α (0.5 in equation 3, 0.1 in equation 2).
 
@@ -28,8 +30,9 @@ from torch import Tensor, nn
 from vitlab.batch import Batch, View
 from vitlab.config import Config, UserError
 from vitlab.methods.base import Losses, Method, full
+from vitlab.methods.hints import Hint, Hints, layers_of
 from vitlab.methods.supervised import correct, cross_entropy, labelled
-from vitlab.models import Backbone, ViTConfig
+from vitlab.models import Backbone, ViTConfig, from_config
 
 
 class DistillConfig(Config):
@@ -39,6 +42,8 @@ class DistillConfig(Config):
     temperature: float = Field(3.0, gt=0)  # of soft targets
     token: bool = True  # the teacher speaks to the distillation head
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    hints: list[Hint] = Field([])  # layers before the last that are learned from, too
+    hint_weight: float = Field(1.0, ge=0)
 
 
 class Distill(Method):
@@ -51,6 +56,7 @@ class Distill(Method):
         _refuse(model, teacher)
         self.config, self.model, self.image_size = config, model, image_size
         self.teacher = teacher.requires_grad_(False).eval()
+        self.hints = _hints(config, model, teacher)
 
     @classmethod
     def problems(cls, name: str, config: DistillConfig, model: Any, side: int) -> Iterator[str]:
@@ -64,6 +70,13 @@ class Distill(Method):
                 f"{name}.method.token: given true, but {name}.model has no distillation head; "
                 f"give {name}.model.{more} or {name}.method.token=false"
             )
+        if config.hints:
+            try:
+                with torch.device("meta"):
+                    student = from_config(model, num_classes=1, image_size=side)
+                layers_of("student", [hint.student for hint in config.hints], student)
+            except UserError as error:
+                yield f"{name}.method.hints: {error}"
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
@@ -78,9 +91,11 @@ class Distill(Method):
 
     def losses(self, batch: Batch) -> Losses:
         images, weight = batch.views[0], labelled(batch)
+        deep = {"layers"} if self.hints is not None else set()
         with torch.no_grad():
-            taught = self.teacher(images)
-        wanted = {"heads", "logits"} if self.config.token else {"logits"}
+            known = self.teacher(images, {"logits"} | deep)
+        taught = known.logits
+        wanted = deep | ({"heads", "logits"} if self.config.token else {"logits"})
         model = self.model if self.training else self.exported()
         features = model(images, wanted, seeds=batch.seeds)
         by_label, by_teacher = features.heads if self.config.token else (features.logits, features.logits)
@@ -90,6 +105,9 @@ class Distill(Method):
             "top1": correct(features.logits, batch.labels),
             "agreement": correct(features.logits, taught.argmax(-1)),
         }
+        if self.hints is not None:
+            hint = self.hints(features.layers, known.layers)
+            loss, metrics["hint"] = loss + self.config.hint_weight * hint, hint.detach()
         return Losses(
             (loss * weight).sum(), {name: (value * weight).sum() for name, value in metrics.items()}
         )
@@ -104,6 +122,13 @@ class Distill(Method):
 
     def export(self) -> Backbone:
         return self.model
+
+
+def _hints(config: DistillConfig, model: Backbone, teacher: Any) -> Hints | None:
+    try:
+        return Hints(config.hints, model, teacher) if config.hints else None
+    except UserError as error:
+        raise UserError(f"distill.method.hints: {error}") from None
 
 
 def _refuse(model: Backbone, teacher: nn.Module) -> None:
