@@ -250,7 +250,7 @@ def check_shards(experiment: Experiment, shards: Shards, *, evaluates: bool) -> 
 
 
 def _shard_problems(experiment: Experiment, shards: Shards, evaluates: bool) -> Iterator[str]:
-    if experiment.adopt is not None:
+    if experiment.adopt is not None and experiment.adopt.model.num_classes != 0:  # 0: an encoder
         yield from _other_classes("adopt", experiment.adopt.model, shards)
     for name in TRAINING:
         section = getattr(experiment, name)

@@ -28,7 +28,7 @@ class TrainConfig(LoopConfig):
 
 
 class AdoptConfig(Config):
-    """A model whose weights come from outside: a file, a folder, `runs:/ID/model`, or `hub`."""
+    """A model whose weights come from outside: a file, a folder, `runs:/ID/model`, `hub`; or `fresh` ones."""
 
     model: ModelConfig
     weights: str = free(..., min_length=1)  # the digest of what is there is in the key, not the place
@@ -39,6 +39,9 @@ class AdoptConfig(Config):
     def _published(self) -> AdoptConfig:
         if self.weights == "hub" and not isinstance(self.model, BorrowedConfig):
             raise ValueError("weights: given 'hub', which models of torchvision and timm have; give a file")
+        if self.weights == "fresh" and (self.replace or self.part):
+            key = "replace" if self.replace else "part"
+            raise ValueError(f"{key}: given {getattr(self, key)!r}; fresh weights have no parts; leave it out")
         return self
 
 

@@ -27,6 +27,7 @@ from vitlab.sections import AdoptConfig
 from vitlab.tracking import Store, folder_digest
 
 HUB = "hub"
+FRESH = "fresh"  # untrained, drawn from the seed
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class AdoptJob:
 def locate(config: AdoptConfig, store: Store) -> Source:
     """Where the weights are, and the digest of what is there."""
     given = config.weights
+    if given == FRESH:
+        return Source(digest(FRESH), None)
     if given == HUB:
         assert isinstance(config.model, BorrowedConfig)
         return Source(digest(published(config.model)), None)
@@ -60,7 +63,7 @@ def locate(config: AdoptConfig, store: Store) -> Source:
         return Source(folder_digest(path), path)
     if not path.is_file():
         raise UserError(
-            f"adopt.weights: given {given}; no such file or folder; or give runs:/ID/model or hub"
+            f"adopt.weights: given {given}; no such file or folder; or give runs:/ID/model, hub or fresh"
         )
     with path.open("rb") as stream:
         return Source(hashlib.file_digest(stream, "sha256").hexdigest(), path)
@@ -71,18 +74,24 @@ def run_adoption(job: AdoptJob, note: Callable[[str], None]) -> dict[str, Any]:
     shards, images = job.place.open(), preprocess(job.place.data)
     torch.manual_seed(job.seed)  # of what starts fresh
     size = job.place.data.image_size
-    classes = 0 if type(job.config.model) in TOKENIZERS else len(shards.classes)
+    headless = type(job.config.model) in TOKENIZERS or job.config.model.num_classes == 0
+    classes = 0 if headless else len(shards.classes)
     model = from_config(job.config.model, num_classes=classes, image_size=size)
     model.normalised(*normalisation(job.place.data))
-    weights, made = _read(job.config, job.source, (size, size))
-    _compare(made, images, note)
-    _same_classes(job, model, made, shards)
-    report = _fill(job.config, model, weights, classes)
-    note(str(report))
+    told = f"untrained, drawn from seed {job.seed}: {len(model.state_dict())} tensors"
+    if job.config.weights == FRESH:
+        note(told)
+    else:
+        weights, made = _read(job.config, job.source, (size, size))
+        _compare(made, images, note)
+        _same_classes(job, model, made, shards)
+        report = _fill(job.config, model, weights, classes)
+        note(str(report))
+        told = _told(job, report)
     store = job.place.store()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        (folder / "report.txt").write_text(_told(job, report), "utf8")
+        (folder / "report.txt").write_text(told.rstrip() + "\n", "utf8")
         store.upload_file(job.place.run_id, folder / "report.txt", "")
         save_model(model, folder / "model", preprocess=images, labels=shards.classes)
         artifact = publish(store, job.place.run_id, folder / "model", "model")
@@ -121,7 +130,8 @@ def _compare(made: Mapping[str, Any], images: Mapping[str, Any], note: Callable[
 def _same_classes(job: AdoptJob, model: Backbone, made: Mapping[str, Any], shards: Shards) -> None:
     labels = made.get("labels")
     starts = tuple(f"{prefix}." for prefix in job.config.replace)
-    fresh = all(f"{head}.".startswith(starts) for head in model.heads)  # `head` covers `head.fc`
+    # `head` covers `head.fc`; an encoder has none
+    fresh = not model.num_classes or all(f"{head}.".startswith(starts) for head in model.heads)
     if labels and labels != shards.classes and not fresh:
         raise UserError(
             f"adopt.weights: these know {len(labels)} classes ({', '.join(labels[:3])} …), the shards have "
@@ -137,6 +147,9 @@ def _fill(config: AdoptConfig, model: Backbone, weights: Any, classes: int) -> R
             load_weights(model, weights, replace=[*config.replace, *model.heads], part=config.part)
         except UserError:
             raise UserError(f"adopt.weights: {error}") from None
+    if not classes:
+        way = f"give adopt.replace=[{', '.join(model.heads)}] to leave the head out"
+        raise UserError(f"adopt.weights: {config.weights} has a head, which num_classes: 0 does not want; {way}")
     raise UserError(
         f"adopt.weights: the head in {config.weights} is not one for the {classes} classes of the shards; "
         f"{_way(model)}"
