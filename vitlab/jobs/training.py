@@ -35,6 +35,7 @@ from vitlab.evaluation import (
     save_figure,
     validate,
 )
+from vitlab.jobs.looking import log_views
 from vitlab.jobs.place import Place, mover, preprocess
 from vitlab.jobs.probing import feature_probes
 from vitlab.jobs.record import Recorder, Silent
@@ -90,6 +91,8 @@ def run_training(job: TrainJob, world: World, post: Post) -> dict[str, Any]:
         ],
         may_commit=may_write,
     )
+    if world.first and may_write():
+        log_views(job.place, f"What {config.method.name} gets · {job.stage}", shards, read, world)
     ready = time.perf_counter()
     try:
         last = train(method, strategy, plan, world)
