@@ -148,7 +148,7 @@ def _start_from(model: Backbone, folder: Path) -> None:
     fresh = {*model.heads, *source.heads}
     if getattr(model.config, "pool", None) != getattr(source.config, "pool", None):
         fresh |= {"norm", "fc_norm"}
-    load_state(model, source.state_dict(), replace=fresh)
+    load_state(model, model.adapted(source.state_dict()), replace=fresh)
 
 
 def _steps(place: Place, shards: Shards, read: ReadPlan, world: World, start: int) -> Iterator[list[Batch]]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.util
 import tempfile
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,7 +26,10 @@ from vitlab.models.weights import one_line, size
 Format = Literal["onnx", "timm", "safetensors"]
 NEEDS = ("onnx", "onnxscript", "onnxruntime")
 LIKE_TIMM = ("ViT", "Swin", "CoAtNet")  # families whose names are timm's
-SAME = {"relative": "bias", "downsample": "timm"}  # of CoAtNet: tensors alike, numbers not
+SAME: dict[str, dict[str, Any]] = {  # timm computes nothing else under these names
+    "CoAtNet": {"relative": "bias", "downsample": "timm"},
+    "ViT": {"relative": "none", "key_bias": True},
+}
 OURS = ("mask_token",)  # of such a family, without a counterpart in timm
 TOLERANCE = 1e-4  # of the largest number in the output
 ALONE = 2**31 - 2**27  # bytes of weights that fit in one ONNX file, with room for the graph
@@ -66,8 +69,8 @@ def export_timm(model: Backbone) -> dict[str, Tensor]:
     combine = getattr(model.config, "combine", "mean")
     if combine != "mean":
         raise UserError(f"timm takes the mean of both heads, the model has combine: {combine}; export onnx")
-    for key, same in SAME.items():
-        given = getattr(model.config, key, same)
+    for key, same in SAME.get(family, {}).items():
+        given = getattr(model.config, key)
         if given != same:
             raise UserError(f"timm computes {key}: {same}, the model has {given}; export onnx")
     if isinstance(model, Swin) and not model.same_in_timm():

@@ -190,6 +190,14 @@ class Backbone(nn.Module):
         """A table of another resolution, by its name in the state dict, for this model's; None: no table."""
         return None
 
+    def adapted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a model of this family that was pretrained in another shape, for this one's shape.
+
+        A mask token has served its purpose where this model has none.
+        """
+        spare = not getattr(self.config, "mask_token", False)
+        return {n: t for n, t in state.items() if not (spare and n.rpartition(".")[2] == "mask_token")}
+
     @property
     def num_layers(self) -> int:
         """How many layer numbers there are: `layer_of` is in 0 … num_layers - 1."""

@@ -19,6 +19,10 @@ Departures and choices:
   uniform for dense layers, as in MAE's and in ViT's JAX code, and for patches, as in MAE's (JAX: LeCun
   normal). A head starts as other dense layers do; MAE's fine-tuning has σ = 2e-5, ViT's JAX code zero.
 - the ViT paper has one more dense layer before the head in pre-training; it is left out, as in timm.
+- `relative: shared` and `block` are BEiT's tables (Bao et al. 2021, 2106.08254), one for all blocks in
+  pre-training, one a block in fine-tuning, where each starts as the shared one; `key_bias: false` as there.
+  `init: beit` is that of its code: truncated normal of σ = 0.02 cut at ±σ for everything that is not a norm,
+  the last layer of every branch of block i divided by √(2i), a head's weights by another 1000.
 - fixed positions are a buffer that is saved, so weights move between `learned` and `sincos` both ways.
 
 Letters: B samples, N patches, K kept patches, P prefix tokens, T = P + N, D width, H heads.
@@ -35,6 +39,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from vitlab.models.features import NAMES, Backbone, BackboneConfig, Features, Size, grid_of
+from vitlab.models.parts.relative import EXTRA, RelativeBias, retabled
 from vitlab.models.parts.transformer import Block, PatchEmbed, SampleDrop, pick, resample, sincos
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -66,8 +71,10 @@ class ViTConfig(BackboneConfig):
     dropout: float = Field(0.0, ge=0, lt=1)
     init_values: float | None = None  # LayerScale's start; null: no LayerScale
     pool: Literal["token", "mean"] = "token"
-    positions: Literal["learned", "sincos"] = "learned"
-    init: Literal["deit", "mae"] = "deit"
+    positions: Literal["learned", "sincos", "none"] = "learned"
+    relative: Literal["none", "shared", "block"] = "none"  # tables of distances that attention adds
+    key_bias: bool = True  # keys have a bias, which no softmax sees
+    init: Literal["deit", "mae", "beit"] = "deit"
     distilled: bool = False
     combine: Literal["mean", "sum", "concat"] = "mean"  # how a distilled model's two heads become one
     mask_token: bool = False
@@ -79,6 +86,11 @@ class ViTConfig(BackboneConfig):
         if self.positions == "sincos" and self.embed_dim % 4:
             raise ValueError(
                 f"embed_dim {self.embed_dim} is not divisible by 4, which positions: sincos needs"
+            )
+        if self.distilled and self.relative != "none":
+            raise ValueError(
+                f"relative: given '{self.relative}'; its tables know one class token, a distilled model "
+                "has two; allowed: none"
             )
         if self.distilled and self.pool == "mean":
             raise ValueError("pool: given 'mean'; a distilled model reads its tokens, allowed: token")
@@ -98,7 +110,7 @@ class ViT(Backbone):
     keeps = True
     layered = True
     config: ViTConfig
-    pos_embed: Tensor
+    pos_embed: Tensor | None
 
     def __init__(self, config: ViTConfig, num_classes: int, image_size: int | Size) -> None:
         super().__init__(config, num_classes, image_size)
@@ -106,7 +118,10 @@ class ViT(Backbone):
         self.prefix = 2 if config.distilled else 1
         self.heads = ["head", "head_dist"] if config.distilled and config.combine != "concat" else ["head"]
         self.gives = frozenset(NAMES) if len(self.heads) == 2 else frozenset(NAMES) - {"heads"}
+        self.keeps = config.relative == "none"  # tables are for the whole grid
         self._add_embedding()
+        tables = {"none": 0, "shared": 1, "block": config.depth}[config.relative]
+        self.rel_pos_bias = nn.ModuleList(RelativeBias(self.grid, config.num_heads) for _ in range(tables))
         self.blocks = nn.ModuleList(self._block(i) for i in range(config.depth))
         self._add_head()
         self._init()
@@ -119,8 +134,9 @@ class ViT(Backbone):
             self.dist_token = nn.Parameter(torch.zeros(1, 1, dim))
         if config.mask_token:
             self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        if config.positions == "sincos":
-            self.register_buffer("pos_embed", sincos(dim, self.grid, self.prefix))
+        if config.positions != "learned":
+            fixed = config.positions == "sincos"
+            self.register_buffer("pos_embed", sincos(dim, self.grid, self.prefix) if fixed else None)
         else:
             self.pos_embed = nn.Parameter(torch.zeros(1, self.prefix + self.grid[0] * self.grid[1], dim))
         self.pos_drop = SampleDrop(config.dropout, "dropout/embed")
@@ -128,7 +144,8 @@ class ViT(Backbone):
     def _block(self, i: int) -> Block:
         c = self.config
         rate = c.drop_path * i / max(1, c.depth - 1)
-        return Block(c.embed_dim, c.num_heads, c.mlp_ratio, str(i), c.init_values, rate, c.dropout)
+        drops = (rate, c.dropout)
+        return Block(c.embed_dim, c.num_heads, c.mlp_ratio, str(i), c.init_values, *drops, c.key_bias)
 
     def _add_head(self) -> None:
         dim, mean = self.config.embed_dim, self.config.pool == "mean"
@@ -140,11 +157,25 @@ class ViT(Backbone):
 
     def _init(self) -> None:
         init_linears(self, self.config.init)
+        patches, cut = self.patch_embed.proj, 0.02 if self.config.init == "beit" else 2.0
         if self.config.init == "mae":
-            nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
+            nn.init.xavier_uniform_(patches.weight.flatten(1))
         for name, value in self.named_parameters():
             if name in TOKENS:
-                nn.init.trunc_normal_(value, std=0.02)
+                nn.init.trunc_normal_(value, std=0.02, a=-cut, b=cut)
+        if self.config.init == "beit":
+            nn.init.trunc_normal_(patches.weight, std=0.02, a=-cut, b=cut)
+            self._rescale()
+
+    @torch.no_grad()
+    def _rescale(self) -> None:
+        """What `init: beit` does beside drawing."""
+        self.get_parameter("patch_embed.proj.bias").zero_()
+        for i in range(self.config.depth):
+            for layer in ("attn.proj", "mlp.fc2"):
+                self.get_parameter(f"blocks.{i}.{layer}.weight").div_(math.sqrt(2 * (i + 1)))
+        for name in self.heads if self.num_classes else ():
+            self.get_parameter(f"{name}.weight").div_(1000)
 
     # ------------------------------------------------------------ forward
 
@@ -161,9 +192,11 @@ class ViT(Backbone):
         maps: list[Tensor] | None = [] if "attentions" in want else None
         layers: list[Tensor] = []
         alone = self.config.pool == "token" and not want & {"tokens", "pyramid", "attentions", "layers"}
-        last = len(self.blocks) - 1
+        last, bias = len(self.blocks) - 1, None
         for i, block in enumerate(self.blocks):
-            x = self.run(block, x, seeds, maps, self.prefix if alone and i == last else None)
+            if i < len(self.rel_pos_bias):  # a shared table is read once
+                bias = self.rel_pos_bias[i](grid)
+            x = self.run(block, x, seeds, maps, self.prefix if alone and i == last else None, bias)
             if "layers" in want:
                 layers.append(x[:, self.prefix :].transpose(1, 2).unflatten(2, grid))
         return self._read(x, want, {"attentions": maps and list(maps), "layers": layers}, grid)
@@ -173,13 +206,16 @@ class ViT(Backbone):
         patches = self.patch_embed(images, keep)
         if mask is not None:
             patches = torch.where(mask[..., None], self.mask_token.to(patches.dtype), patches)
-        places = resample(self.pos_embed[:, self.prefix :], self.grid, grid)
-        if keep is not None:
-            places = pick(places.expand(images.shape[0], -1, -1), keep)
         tokens: list[Tensor] = (
             [self.cls_token, self.dist_token] if self.config.distilled else [self.cls_token]
         )
-        prefix = torch.cat(tokens, dim=1) + self.pos_embed[:, : self.prefix]
+        prefix = torch.cat(tokens, dim=1)
+        if self.pos_embed is None:
+            return torch.cat([prefix.expand(images.shape[0], -1, -1), patches], dim=1)
+        places = resample(self.pos_embed[:, self.prefix :], self.grid, grid)
+        if keep is not None:
+            places = pick(places.expand(images.shape[0], -1, -1), keep)
+        prefix = prefix + self.pos_embed[:, : self.prefix]
         return torch.cat([prefix.expand(images.shape[0], -1, -1), patches + places], dim=1)
 
     def _read(self, x: Tensor, want: frozenset[str], found: dict[str, Any], grid: Size) -> Tensor | Features:
@@ -213,12 +249,24 @@ class ViT(Backbone):
         return parts[0] + parts[1] if self.config.combine == "sum" else (parts[0] + parts[1]) / 2
 
     def resized(self, name: str, value: Tensor) -> Tensor | None:
-        """Positions of another square grid; those of the prefix tokens stay."""
+        """Positions or distances of another square grid; those of the prefix tokens stay."""
+        if name.startswith("rel_pos_bias."):
+            span = math.isqrt(max(0, len(value) - EXTRA))
+            if span % 2 == 0 or span**2 + EXTRA != len(value):
+                return None
+            return retabled(value, ((span + 1) // 2,) * 2, self.grid)
         side = math.isqrt(max(0, value.shape[1] - self.prefix)) if value.ndim == 3 else 0
         if name != "pos_embed" or side == 0 or side**2 + self.prefix != value.shape[1]:
             return None
         patches = resample(value[:, self.prefix :], (side, side), self.grid)
         return torch.cat([value[:, : self.prefix], patches], dim=1)
+
+    def adapted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A table that all blocks shared becomes that of every block."""
+        state, shared = super().adapted(state), [n for n in state if n.startswith("rel_pos_bias.")]
+        if self.config.relative == "block" and shared == ["rel_pos_bias.0.table"]:
+            state |= {f"rel_pos_bias.{i}.table": state[shared[0]] for i in range(self.config.depth)}
+        return state
 
     # ------------------------------------------------------------ layer-wise decay
 
@@ -227,22 +275,28 @@ class ViT(Backbone):
         return self.config.depth + 2
 
     def layer_of(self, name: str) -> int:
-        """0 for everything before the blocks, i + 1 for `blocks.i`, depth + 1 for norm and heads."""
+        """0 for everything before the blocks, i + 1 for `blocks.i`, depth + 1 for norm and heads.
+
+        A table goes with its block, one that is shared with the head, as in BEiT's code.
+        """
         first, _, rest = name.partition(".")
         if first in TOKENS or first == "patch_embed":
             return 0
-        return int(rest.partition(".")[0]) + 1 if first == "blocks" else self.config.depth + 1
+        inside = ("blocks", "rel_pos_bias") if self.config.relative == "block" else ("blocks",)
+        return int(rest.partition(".")[0]) + 1 if first in inside else self.config.depth + 1
 
     def no_decay(self) -> set[str]:
         return {name for name, _ in self.named_parameters() if name in TOKENS}
 
 
-def init_linears(module: nn.Module, how: Literal["deit", "mae"]) -> None:
-    """Every dense layer below: truncated normal (deit) or Xavier uniform (mae), zero biases."""
+def init_linears(module: nn.Module, how: Literal["deit", "mae", "beit"]) -> None:
+    """Every dense layer below: truncated normal (beit: at ±σ) or Xavier uniform (mae), zero biases."""
+    cut = 0.02 if how == "beit" else 2.0
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             if how == "mae":
                 nn.init.xavier_uniform_(layer.weight)
             else:
-                nn.init.trunc_normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
+                nn.init.trunc_normal_(layer.weight, std=0.02, a=-cut, b=cut)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)

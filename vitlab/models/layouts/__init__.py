@@ -8,13 +8,13 @@ from vitlab.models.compact import Compact
 from vitlab.models.cvt import CvT
 from vitlab.models.dvae import DVAE
 from vitlab.models.features import Backbone
-from vitlab.models.layouts import borrowed, coatnet, compact, cvt, dvae, swin, vit
+from vitlab.models.layouts import beit, borrowed, coatnet, compact, cvt, dvae, swin, vit
 from vitlab.models.layouts.base import Layout
 from vitlab.models.swin import Swin
 from vitlab.models.vit import ViT
 
 LAYOUTS: dict[type[Backbone], tuple[Layout, ...]] = {
-    ViT: vit.LAYOUTS,
+    ViT: (*vit.LAYOUTS, *beit.LAYOUTS),
     CvT: cvt.LAYOUTS,
     Borrowed: borrowed.LAYOUTS,
     Swin: swin.LAYOUTS,

@@ -59,7 +59,13 @@ def _with(source: str, mark: str, beside: Collection[str]) -> Layout:
 
 def _plain(state: Mapping[str, Tensor], model: Backbone) -> bool:
     marked = any(_holds(state, mark) for mark in ("decoder_embed", "fc.fc1", *DINO))
-    return _timm(state) and not marked and not _flat_mask(state)
+    return _timm(state) and not marked and not _flat_mask(state) and not _beit(state)
+
+
+def _beit(state: Mapping[str, Tensor]) -> bool:
+    """The tensors that BEiT's authors have in a block beside those of timm's ViT."""
+    lasts = {name.rpartition(".")[2] for name in state if ".qkv." not in name}
+    return bool(lasts & {"q_bias", "gamma_1", "relative_position_bias_table"})
 
 
 def _flat_mask(state: Mapping[str, Tensor]) -> bool:
@@ -151,7 +157,7 @@ def _hf(source: str, mark: Callable[[set[str]], bool]) -> Layout:
     return Layout(source, fits, _hugging_face, _other_parts)
 
 
-KINDS = {"decoder_embed", "distillation_token", "layer_scale1"}
+KINDS = {"decoder_embed", "distillation_token", "layer_scale1", "lambda_1", "relative_position_bias_table"}
 LAYOUTS: tuple[Layout, ...] = (
     Layout("timm", _plain, _same),
     _with("facebookresearch/mae", "decoder_embed", MAE),

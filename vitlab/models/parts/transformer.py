@@ -119,11 +119,16 @@ def _layer_scale(dim: int, start: float | None) -> nn.Module:
 
 
 class QKV(nn.Linear):
-    """One dense layer for Q, K and V, each of `num_heads` heads."""
+    """One dense layer for Q, K and V, each of `num_heads` heads.
 
-    def __init__(self, dim: int, num_heads: int) -> None:
-        super().__init__(dim, 3 * dim)
+    Without `key_bias`, as in BEiT, there are biases of queries and values alone: `q_bias`, `v_bias`.
+    """
+
+    def __init__(self, dim: int, num_heads: int, key_bias: bool = True) -> None:
+        super().__init__(dim, 3 * dim, bias=key_bias)
         self.num_heads = num_heads
+        if not key_bias:
+            self.q_bias, self.v_bias = (nn.Parameter(torch.zeros(dim)) for _ in range(2))
 
     def forward(  # type: ignore[override]
         self,
@@ -131,11 +136,14 @@ class QKV(nn.Linear):
         first: int | None = None,
     ) -> tuple[Tensor, ...]:
         """B T D → Q, K, V, B H T D/H each; with `first` Q has these tokens alone."""
+        bias: Tensor | None = self.bias
+        if bias is None:
+            bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
         if first is None:
-            return self._heads(F.linear(input, self.weight, self.bias), 3)
+            return self._heads(F.linear(input, self.weight, bias), 3)
         dim = self.in_features
-        queries = F.linear(input[:, :first], self.weight[:dim], self.bias[:dim])
-        return self._heads(queries, 1) + self._heads(F.linear(input, self.weight[dim:], self.bias[dim:]), 2)
+        queries = F.linear(input[:, :first], self.weight[:dim], bias[:dim])
+        return self._heads(queries, 1) + self._heads(F.linear(input, self.weight[dim:], bias[dim:]), 2)
 
     def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         split = x.view(*x.shape[:2], parts, self.num_heads, -1).permute(2, 0, 3, 1, 4)
@@ -143,20 +151,32 @@ class QKV(nn.Linear):
 
 
 class Attention(nn.Module):
-    """softmax(Q K^T / √(D/H)) V."""
+    """softmax(Q K^T / √(D/H) + bias) V."""
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    def __init__(self, dim: int, num_heads: int, key_bias: bool = True) -> None:
         super().__init__()
-        self.qkv = QKV(dim, num_heads)
+        self.qkv = QKV(dim, num_heads, key_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, maps: list[Tensor] | None = None, first: int | None = None) -> Tensor:
-        """B T D → B T D (B F D); a list in `maps` gets the attention, B H T T, then computed openly."""
+    def forward(
+        self,
+        x: Tensor,
+        maps: list[Tensor] | None = None,
+        first: int | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """B T D → B T D (B F D); a list in `maps` gets the attention, B H T T, then computed openly.
+
+        `bias` (H T T) is added to the scores of every sample.
+        """
         q, k, v = self.qkv(x, first)
+        if bias is not None:
+            bias = bias[None, :, :first].to(q.dtype)
         if maps is None:
-            out = F.scaled_dot_product_attention(q, k, v)
+            out = F.scaled_dot_product_attention(q, k, v, bias)
         else:
-            maps.append((q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1))
+            scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+            maps.append((scores if bias is None else scores + bias).softmax(-1))
             out = maps[-1].to(v.dtype) @ v
         joined: Tensor = self.proj(out.transpose(1, 2).flatten(2))
         return joined
@@ -192,6 +212,7 @@ class Block(nn.Module):
         init_values: float | None = None,
         drop_path: float = 0.0,
         dropout: float = 0.0,
+        key_bias: bool = True,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
@@ -202,7 +223,7 @@ class Block(nn.Module):
         self.ls2 = _layer_scale(dim, init_values)
         self.drop2 = SampleDrop(dropout, f"dropout/{name}/mlp")
         self.drop_path2 = SampleDrop(drop_path, f"drop_path/{name}/mlp", whole=True)
-        self.attn = Attention(dim, num_heads)
+        self.attn = Attention(dim, num_heads, key_bias)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), SampleDrop(dropout, f"dropout/{name}/hidden"))
 
     def forward(
@@ -211,9 +232,10 @@ class Block(nn.Module):
         seeds: Tensor | None = None,
         maps: list[Tensor] | None = None,
         first: int | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
         """B T D → B T D, or of the `first` tokens alone; `maps`, where given, gets this block's attention."""
-        branch = self.drop1(self.attn(self.norm1(x), maps, first), seeds)
+        branch = self.drop1(self.attn(self.norm1(x), maps, first, bias), seeds)
         x = (x if first is None else x[:, :first]) + self.drop_path1(self.ls1(branch), seeds)
         branch = self.drop2(self.mlp(self.norm2(x), seeds), seeds)
         out: Tensor = x + self.drop_path2(self.ls2(branch), seeds)
