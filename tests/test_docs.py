@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
 from vitlab.config import build, resolved
-from vitlab.data import AugmentConfig, ShardsConfig
+from vitlab.data import AugmentConfig, RandAugmentConfig, ShardsConfig
 from vitlab.engine.launch import ClusterConfig
 from vitlab.engine.optim import OptimConfig
 from vitlab.evaluation import EvaluateConfig, ProbeConfig
@@ -66,6 +66,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "A pair of `distill.method.hints`": Hint,
     "`method: {name: dvae}`": DVAETrainingConfig,
     "`augment`": AugmentConfig,
+    "`augment.rand_augment`": RandAugmentConfig,
     "`optim`": OptimConfig,
     "`evaluate`": EvaluateConfig,
     "`tune`": TuneConfig,
