@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vitlab.batch import Batch, View
 from vitlab.dist import summed
-from vitlab.models import Backbone, BackboneConfig
+from vitlab.models import FAMILIES, Backbone, BackboneConfig
 from vitlab.models.parts.norm import BatchNorm2d
 
 TINY = 1e-12  # a global batch without any weight has the mean 0, not 0/0
@@ -60,14 +60,18 @@ class Method(nn.Module):
 
     headless: ClassVar[bool] = False  # whether it trains a backbone without a classifier
     guide: ClassVar[Literal["", "teacher", "tokenizer"]] = ""  # the trained model that it learns from
-    takes: ClassVar[tuple[type[BackboneConfig], ...]] = ()  # the families it can train; empty: all
+    takes: ClassVar[tuple[type[BackboneConfig], ...]] = ()  # families it can train; empty: all classifiers
     whole_batch: ClassVar[bool] = False  # its loss looks at a batch as a whole: no micro-batches
     mixes: ClassVar[bool] = False  # its loss knows images mixed of two, with two labels
     one_view: ClassVar[bool] = True  # its loss can be taken on one plain view: there is a `val/loss`
 
     model: Backbone  # the one that is trained
-    smooth: Backbone | None = None  # the moving average of what is exported, see `keep_average`
+    smooth: Backbone | None  # the moving average of what is exported, see `keep_average`
     smoothing: float = 0.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_module("smooth", None)  # a None of the class would hide the module that comes
 
     @classmethod
     def problems(cls, name: str, config: Any, model: Any, side: int) -> Iterator[str]:
@@ -75,8 +79,9 @@ class Method(nn.Module):
 
         `name` is that of the section they stand in: lines begin with a key, as `pretrain.method.token: …`.
         """
-        if cls.takes and not isinstance(model, cls.takes):
-            names = ", ".join(preset for family in cls.takes for preset in family.presets)
+        takes = cls.takes or tuple(FAMILIES)
+        if not isinstance(model, takes):
+            names = ", ".join(preset for family in takes for preset in family.presets)
             yield f"{name}.model.name: given {model.name!r}; {config.name} cannot train it, allowed: {names}"
 
     # ------------------------------------------------------------ what the loop asks
