@@ -69,12 +69,17 @@ def confusion_figure(tally: Tally, labels: list[str], title: str) -> Figure:
     return figure
 
 
-def reconstruction_figure(original: Tensor, masked: Tensor, painted: Tensor, title: str) -> Figure:
-    """Three rows: the image, what the encoder saw, what the decoder painted. Values in 0..1, B C H W."""
+def reconstruction_figure(original: Tensor, masked: Tensor | None, painted: Tensor, title: str) -> Figure:
+    """Rows: the image, what the encoder saw, what the decoder painted; values in 0..1, B C H W.
+
+    Without `masked` the encoder saw the image.
+    """
+    shown = (("image", original), ("visible", masked), ("painted", painted))
+    rows = [(name, images) for name, images in shown if images is not None]
     count = len(original)
-    figure = blank_figure(1.0 * count + 0.7, 3.5)
-    grid = figure.add_gridspec(3, count, wspace=0.06, hspace=0.06)
-    for r, (name, images) in enumerate((("image", original), ("visible", masked), ("painted", painted))):
+    figure = blank_figure(1.0 * count + 0.7, 0.5 + 1.0 * len(rows))
+    grid = figure.add_gridspec(len(rows), count, wspace=0.06, hspace=0.06)
+    for r, (name, images) in enumerate(rows):
         for c in range(count):
             axes = figure.add_subplot(grid[r, c])
             axes.set_xticks([])

@@ -117,6 +117,7 @@ def _method(job: TrainJob, shards: Shards) -> Method:
     torch.manual_seed(job.seed)
     config, classes = job.config, _classes(job, shards)
     model = from_config(config.model, num_classes=classes, image_size=job.place.data.image_size)
+    model.normalised(*normalisation(job.place.data))
     if job.init is not None:
         _start_from(model, job.init)
     guides = {"teacher": job.teacher, "tokenizer": job.tokenizer}
@@ -183,7 +184,7 @@ def _reconstructions(
     strategy.train(False)
     with torch.no_grad():
         picture: Picture = strategy.forward(batch.to(world.device, mean, std), "picture")
-    return Picture(*((p.float() * std + mean).cpu() for p in picture))
+    return Picture(*(None if p is None else (p.float() * std + mean).cpu() for p in picture))
 
 
 def _publish_model(

@@ -10,6 +10,7 @@ from torch import nn
 from vitlab.config import UserError
 from vitlab.methods.base import Average, Losses, Method, Moment
 from vitlab.methods.distill import Distill, DistillConfig
+from vitlab.methods.dvae import DVAETraining, DVAETrainingConfig
 from vitlab.methods.mae import MAE, MAEConfig, Picture
 from vitlab.methods.simmim import SimMIM, SimMIMConfig
 from vitlab.methods.supervised import Supervised, SupervisedConfig
@@ -20,9 +21,11 @@ METHODS: dict[str, Any] = {  # name → a `Method`
     "mae": MAE,
     "simmim": SimMIM,
     "distill": Distill,
+    "dvae": DVAETraining,
 }
 MethodConfig = Annotated[
-    SupervisedConfig | MAEConfig | SimMIMConfig | DistillConfig, Field(discriminator="name")
+    SupervisedConfig | MAEConfig | SimMIMConfig | DistillConfig | DVAETrainingConfig,
+    Field(discriminator="name"),
 ]
 
 
@@ -51,6 +54,8 @@ __all__ = [
     "MAE",
     "METHODS",
     "Average",
+    "DVAETraining",
+    "DVAETrainingConfig",
     "Distill",
     "DistillConfig",
     "Losses",

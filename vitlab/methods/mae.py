@@ -56,7 +56,7 @@ class Picture(NamedTuple):
     """Normalised images to look at, B C height width each."""
 
     original: Tensor
-    masked: Tensor  # hidden patches are 0, the mean colour
+    masked: Tensor | None  # hidden patches are 0, the mean colour; None: nothing is hidden
     reconstruction: Tensor  # visible patches are the original's
 
 
