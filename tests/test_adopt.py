@@ -174,6 +174,44 @@ def test_a_head_is_covered_by_the_prefix_of_its_part(place: Path, tmp_path: Path
     adopt(vitlab.read(TINY, [*ALONE, text]))
 
 
+VIT = "name: vit_tiny, patch_size: 4, in_chans: 1, embed_dim: 32, depth: 1, num_heads: 2"
+
+
+def encoder(weights: object, *more: str, classes: str = ", num_classes: 0") -> Experiment:
+    return vitlab.read(TINY, [*ALONE, f"adopt={{model: {{{VIT}{classes}}}, weights: '{weights}'}}", *more])
+
+
+def test_fresh_weights_are_those_of_the_seed(place: Path) -> None:
+    """What training starts from, with a head or without."""
+    face = Heard()
+    found, outcome, _ = adopt(encoder("fresh", classes=""), face)
+    torch.manual_seed(3)
+    wanted = create_model(**yaml.safe_load(f"{{{VIT}}}"), num_classes=10, image_size=8)
+    state = load_model(found.folder).model.state_dict()
+    assert outcome == "ran"
+    assert all(torch.equal(state[name], tensor) for name, tensor in wanted.state_dict().items())
+    assert any("untrained, drawn from seed 3" in line for line in face.lines)
+    assert adopt(encoder("fresh", classes=""))[1] == "hit"
+    other, ran, _ = adopt(encoder("fresh", "seed=4", classes=""))
+    assert (ran, other.digest != found.digest) == ("ran", True)
+
+
+def test_an_encoder_without_a_head(place: Path) -> None:
+    """Fresh, then adopted again by its address; a head in the weights is left out where that is said."""
+    first, _, shards = adopt(encoder("fresh"))
+    loaded = load_model(first.folder)
+    assert (loaded.model.num_classes, loaded.labels) == (0, shards.classes)
+    again, _, _ = adopt(encoder(first.uri))
+    ours, theirs = (load_model(a.folder).model.state_dict() for a in (first, again))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    headed, _, _ = adopt(encoder("fresh", classes=""))
+    with pytest.raises(UserError, match=r"has a head, which num_classes: 0 .*give adopt\.replace=\[head\]"):
+        adopt(encoder(headed.uri))
+    left, _, _ = adopt(encoder(headed.uri, "adopt.replace=[head]"))
+    assert load_model(left.folder).model.state_dict().keys() == ours.keys()
+
+
 # ---------------------------------------------------------------- what is refused
 
 
@@ -224,6 +262,7 @@ def test_the_hub_names_its_weights(place: Path, tmp_path: Path, monkeypatch: pyt
         ("adopt.model.in_chans=3", "adopt.model.in_chans: given 3; the images have data.channels=1"),
         ("adopt.model={name: vit_tiny, in_chans: 1}", "adopt.model.patch_size: given 16; it must divide"),
         ("adopt.more=1", "adopt.more"),
+        ("adopt={model: {name: vit_tiny}, weights: fresh, part: a}", "part: given 'a'; fresh weights have"),
     ],
 )
 def test_refused_at_once(override: str, line: str) -> None:
