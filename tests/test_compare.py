@@ -87,11 +87,12 @@ def test_a_chain_that_evaluates_nothing(tmp_path: Path, monkeypatch: pytest.Monk
 def test_words_for_a_mean() -> None:
     assert str(Figures("a", "top1", [0.5, 0.7])) == "60.00 ± 14.14"
     assert str(Figures("a", "top1", [0.5])) == "50.00"
+    assert str(Figures("a", "rank", [2.0, 4.0])) == "3.00 ± 1.41"
 
 
 def test_the_picture() -> None:
     figure = comparison_figure([("a", "top1", [0.5, 0.7]), ("b", "top1", [0.9]), ("b", "knn", [1.0])], "t")
-    assert [axes.get_xlabel() for axes in figure.axes] == ["top1, %", "knn, %"]
+    assert [axes.get_xlabel() for axes in figure.axes] == ["top1", "knn"]
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["b", "a"]
 
 

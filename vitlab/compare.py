@@ -54,8 +54,15 @@ class Figures(NamedTuple):
         return statistics.stdev(self.values) if len(self.values) > 1 else math.nan
 
     def __str__(self) -> str:
-        percent = f"{100 * self.mean:.2f}"
-        return f"{percent} ± {100 * self.spread:.2f}" if len(self.values) > 1 else percent
+        """Shares in percent, anything else as it is."""
+        unit = 100 if percent(self.figure) else 1
+        mean = f"{unit * self.mean:.2f}"
+        return f"{mean} ± {unit * self.spread:.2f}" if len(self.values) > 1 else mean
+
+
+def percent(figure: str) -> bool:
+    """Whether a figure is a share of images."""
+    return "top" in figure
 
 
 def trials(experiment: Experiment) -> list[Trial]:
@@ -111,7 +118,7 @@ def _publish(run: Run, figures: list[Figures]) -> None:
     rows = list(dict.fromkeys(f.row for f in figures))
     cells = {(f.row, f.figure): f for f in figures}
     seeds = max(len(f.values) for f in figures)
-    run.face.print(f"\nmean ± standard deviation over {seeds} seeds, percent")
+    run.face.print(f"\nmean ± standard deviation over {seeds} seeds; top-1 and the like in percent")
     table = [[row, *(str(cells.get((row, name), "")) for name in names)] for row in rows]
     run.face.listing(["variant", *names], table)
     text = io.StringIO()
@@ -122,7 +129,15 @@ def _publish(run: Run, figures: list[Figures]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "comparison.csv").write_text(text.getvalue(), "utf8")
-        points = [(f.row, f.figure, f.values) for f in figures]
+        units = {name: 100 if percent(name) else 1 for name in names}
+        points = [
+            (
+                f.row,
+                f"{f.figure}, %" if percent(f.figure) else f.figure,
+                [units[f.figure] * v for v in f.values],
+            )
+            for f in figures
+        ]
         title = f"{run.experiment.name} · held-out figures, a dot a seed, a line the mean"
         save_figure(comparison_figure(points, title), folder / "comparison.png")
         run.store.upload(run.run_id, folder, "comparison")

@@ -21,15 +21,14 @@ def comparison_figure(points: Sequence[tuple[str, str, Sequence[float]]], title:
         axes = figure.add_subplot(1, len(names), i + 1)
         for row, _, values in (p for p in points if p[1] == name):
             at = len(rows) - 1 - rows.index(row)
-            percent = [100 * value for value in values]
-            axes.scatter(percent, [at] * len(percent), s=22, color=BLUE, alpha=0.65, linewidths=0)
-            mean = statistics.fmean(percent)
+            axes.scatter(values, [at] * len(values), s=22, color=BLUE, alpha=0.65, linewidths=0)
+            mean = statistics.fmean(values)
             axes.plot([mean, mean], [at - 0.3, at + 0.3], color="#c0392b", linewidth=1.6)
         named = [shortened(row) for row in reversed(rows)] if i == 0 else [""] * len(rows)
         axes.set_yticks(range(len(rows)), named, fontsize=8)
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.tick_params(length=0)
-        axes.set_xlabel(f"{name}, %", fontsize=8)
+        axes.set_xlabel(name, fontsize=8)
         axes.grid(axis="x", alpha=0.3)
         axes.spines[["top", "right", "left"]].set_visible(False)
     figure.suptitle(title, fontsize=10)
