@@ -7,18 +7,22 @@ import os
 import subprocess
 import sys
 import uuid
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
-from vitlab.batch import Batch, View, uniform
+from vitlab.batch import Batch, View, derived, uniform
 from vitlab.dist import World, world_of_group
 from vitlab.engine.loop import LoopConfig, Plan, make_strategy, train
-from vitlab.methods import Supervised, SupervisedConfig
-from vitlab.methods.base import Average, Losses, Method
+from vitlab.methods import MethodConfig, Supervised, SupervisedConfig, create_method
+from vitlab.methods.base import Average, Losses, Method, frozen
 from vitlab.models import ViTConfig, from_config
+from vitlab.models.parts.norm import BatchNorm2d
 
 
 class Toy(Method):
@@ -117,15 +121,75 @@ class Wide(Digits):
     width = 128
 
 
-METHODS = {"toy": Toy, "digits": Digits, "wide": Wide}
+class Follower(Toy):
+    """All that a self-distillation asks of the engine: a teacher, batch statistics, a part that begins late.
+
+    `keep_average` adds the average that is exported.
+    """
+
+    late = "net.4."
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(7, 32),
+            torch.nn.Unflatten(1, (2, 4, 4)),
+            BatchNorm2d(2),
+            torch.nn.Flatten(),
+            torch.nn.Linear(32, 5),
+        )
+        self.teacher = frozen(self.net)
+
+    def starts(self) -> dict[str, float]:
+        return {self.late: 0.7}
+
+    def export(self) -> Any:
+        return self.net
+
+
+def teaching(config: dict[str, Any]) -> Method:
+    """An objective with several views of a sample, each made of the sample's numbers and of its own noise."""
+    model = ViTConfig.model_validate({"name": "vit_tiny", "drop_path": 0.2, **VIEWED})
+    method = create_method(
+        TypeAdapter(MethodConfig).validate_python(config), from_config(model, num_classes=0, image_size=8)
+    )
+    plain = method.losses
+
+    def losses(batch: Batch) -> Losses:
+        fields = uniform(batch.seeds, "fields", 4).view(-1, 1, 2, 2)
+        views = []
+        for name, size, _ in method.views():
+            noise = uniform(derived(batch.seeds, name), "noise", size * size).view(-1, 1, size, size)
+            views.append(torch.nn.functional.interpolate(fields, size) + noise / 2)
+        return plain(replace(batch, views=views))
+
+    vars(method)["losses"] = losses
+    return method
+
+
+VIEWED = {"patch_size": 2, "in_chans": 1, "embed_dim": 32, "depth": 2, "num_heads": 2}
+TEACHING: dict[str, dict[str, Any]] = {
+    "dino": {"local_crops": 2, "out_dim": 48, "hidden_dim": 40, "bottleneck_dim": 24, "momentum": 0.9},
+}
+METHODS: dict[str, Callable[[], Method]] = {
+    "toy": Toy,
+    "digits": Digits,
+    "wide": Wide,
+    "follower": Follower,
+    **{name: partial(teaching, {"name": name, **sizes}) for name, sizes in TEACHING.items()},
+}
 
 
 def run(spec: dict[str, Any], world: World) -> dict[str, Any] | None:
     torch.manual_seed(0)
     method = METHODS[spec["method"]]()
     config = LoopConfig.model_validate(spec["config"])
-    strategy = make_strategy(method, config, spec["zero"], world)
-    notes = Notes()
+    if config.ema:
+        method.keep_average(config.ema)
+    strategy = make_strategy(method, config, spec["zero"], world, spec.get("persist"))
+    notes, history = Notes(), [strategy.state(method)]
+    if spec.get("recorded"):
+        vars(method)["after_step"] = lambda: history.append(strategy.state(method))
     plan = Plan(config, spec["steps"], lambda s: batches(config, world, s, spec.get("stop")), notes)
     if spec.get("checkpoints"):
         plan.checkpoints = Path(spec["checkpoints"])
@@ -135,7 +199,7 @@ def run(spec: dict[str, Any], world: World) -> dict[str, Any] | None:
         assert spec.get("stop")
     state = strategy.state(method)
     strategy.close()
-    return {"points": notes.points, "state": state} if world.first else None
+    return {"points": notes.points, "state": state, "history": history} if world.first else None
 
 
 def launch(workers: int, specs: dict[str, dict[str, Any]], folder: Path) -> dict[str, Any]:

@@ -94,8 +94,13 @@ class Plan:
         return [probe for probe, span in spans if done % span == 0 or done == self.steps]
 
 
-def make_strategy(method: Method, config: LoopConfig, zero: int | None, world: World) -> Strategy:
-    """Plain PyTorch for one process without `zero`, else DeepSpeed."""
+def make_strategy(
+    method: Method, config: LoopConfig, zero: int | None, world: World, persist: int | None = None
+) -> Strategy:
+    """Plain PyTorch for one process without `zero`, else DeepSpeed.
+
+    `persist`: numbers of the largest parameter that is never given away at stage 3; none: `zero.STAYS`.
+    """
     if config.recompute or config.compile:
         prepare(method.model, recompute=config.recompute, compile=config.compile)
     bf16 = half(world.device, config.precision)
@@ -105,7 +110,7 @@ def make_strategy(method: Method, config: LoopConfig, zero: int | None, world: W
 
     micro = config.batch_size // world.size // config.accumulate
     how = {"micro": micro, "accumulate": config.accumulate, "bf16": bf16, "compiles": config.compile}
-    return Zero(method, config.optim, zero or 0, world, **how)
+    return Zero(method, config.optim, zero or 0, world, persist=persist, **how)
 
 
 def train(method: Method, strategy: Strategy, plan: Plan, world: World) -> dict[str, float]:

@@ -7,7 +7,7 @@ they hold as `Piece`s of named tensors, so a checkpoint written by one is read b
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from vitlab.engine.optim import OptimConfig, adamw
 from vitlab.methods.base import Average, Losses, Method
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+Kind = Literal["weights", "moments", "gradients", "frozen", "copies", "passing"]
 TINY = 1e-12  # a global batch without any weight has the gradient 0, not 0/0
 
 
@@ -61,6 +62,13 @@ class Strategy(Protocol):
 
     def state(self, module: nn.Module) -> dict[str, Tensor] | None:
         """The whole state dict of a part of the method, on the CPU of rank 0; None elsewhere."""
+
+    def tensors(self) -> Iterator[tuple[Kind, Tensor]]:
+        """What this rank holds at this moment, for measurements.
+
+        `frozen`: parameters that no gradient reaches; `copies`: whole parameters that stay beside their
+        shards; `passing`: what lives only while it is sent, gathered parameters and gradients among it.
+        """
 
     def close(self) -> None: ...
 
@@ -141,8 +149,19 @@ class Plain:
     def state(self, module: nn.Module) -> dict[str, Tensor] | None:
         return {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
 
+    def tensors(self) -> Iterator[tuple[Kind, Tensor]]:
+        for parameter in self.method.parameters():
+            yield "weights" if parameter.requires_grad else "frozen", parameter.data
+            if parameter.grad is not None:
+                yield "gradients", parameter.grad
+        yield from moments(self.optimizer)
+
     def close(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+
+
+def moments(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Kind, Tensor]]:
+    yield from (("moments", state[kind]) for state in optimizer.state.values() for kind in MOMENTS)
 
 
 def fill_states(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], steps: int) -> None:

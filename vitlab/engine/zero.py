@@ -19,7 +19,17 @@ from vitlab.batch import Batch
 from vitlab.dist import World
 from vitlab.engine.compiling import leave_hooks
 from vitlab.engine.optim import OptimConfig, adamw
-from vitlab.engine.strategy import MOMENTS, TINY, Piece, average_buffers, buffers, fill_states, kept
+from vitlab.engine.strategy import (
+    MOMENTS,
+    TINY,
+    Kind,
+    Piece,
+    average_buffers,
+    buffers,
+    fill_states,
+    kept,
+    moments,
+)
 from vitlab.methods.base import Average, Losses, Method
 
 STAYS = 10_000  # a parameter up to this size is never given away at stage 3
@@ -27,7 +37,7 @@ STAYS = 10_000  # a parameter up to this size is never given away at stage 3
 
 class Zero:
     def __init__(self, method: Method, optim: OptimConfig, stage: int, world: World, **options: Any) -> None:
-        """`options`: micro (samples a worker and micro-batch), accumulate, bf16, compiles."""
+        """`options`: micro (samples a worker and micro-batch), accumulate, bf16, compiles, persist."""
         deepspeed = _deepspeed(world.device)
         self.deepspeed, self.method, self.stage, self.world = deepspeed, method, stage, world
         self.accumulate: int = options["accumulate"]
@@ -37,11 +47,40 @@ class Zero:
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=method, optimizer=self.inner, config=settings, dist_init_required=False
         )
+        self.forgets = stage == 3 and world.size > 1 and not options["compiles"]
+        if stage == 3:
+            self._share_masters()
         if stage == 3 and options["compiles"]:
             leave_hooks(method)
 
+    def _share_masters(self) -> None:
+        """The fp32 masters are the shards themselves: both hold the same numbers, and DeepSpeed means to."""
+        flat, masters = (
+            self.optimizer.fp16_partitioned_groups_flat,
+            self.optimizer.fp32_partitioned_groups_flat,
+        )
+        for shard, master in zip(flat, masters, strict=True):
+            assert shard.dtype == master.dtype
+            master.data = shard.data
+
     def forward(self, batch: Batch, ask: str = "losses") -> Any:
-        return self.engine(batch, ask)
+        if not self.forgets:
+            return self.engine(batch, ask)
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
+            return self.engine(batch, ask)
+
+    def _pack(self, saved: Tensor) -> Any:
+        """What autograd keeps of a gathered parameter is where to find it, not its numbers.
+
+        A linear layer keeps a view of its weight, which would hold the whole weight until the gradient is
+        taken; by then DeepSpeed has gathered it again.
+        """
+        address = saved.untyped_storage().data_ptr()
+        for parameter in self.running[-1].parameters(recurse=False):
+            if parameter.untyped_storage().data_ptr() == address:
+                offset = saved.storage_offset() - parameter.storage_offset()
+                return parameter, saved.shape, saved.stride(), offset
+        return saved
 
     def train(self, mode: bool) -> None:
         self.engine.train(mode)
@@ -170,6 +209,26 @@ class Zero:
                     out[name] = tensor.detach().cpu().clone()
         return out if self.world.first else None
 
+    def tensors(self) -> Iterator[tuple[Kind, Tensor]]:
+        for parameter in self.method.parameters():
+            kind: Kind = "weights" if parameter.requires_grad else "frozen"
+            if self.stage == 3:
+                shard: Any = parameter
+                yield kind, shard.ds_tensor
+                kind = "copies" if shard.ds_persist else "passing"
+            yield kind, parameter.data
+            if parameter.grad is not None:
+                yield "passing" if self.stage > 1 else "gradients", parameter.grad
+        for _, master in self._masters():
+            yield "weights", master
+            if master.grad is not None:
+                yield "gradients", master.grad
+        yield from moments(self.inner)
+        if self.stage == 3:
+            yield "gradients", self.optimizer.grad_partitions_flat_buffer
+            buckets = (bucket.buffer for bucket in self.optimizer.ipg_buckets.values())
+            yield from (("passing", buffer) for buffer in buckets if buffer is not None)
+
     def close(self) -> None:
         self.engine.destroy()
 
@@ -177,8 +236,8 @@ class Zero:
 def _settings(
     method: Method, optim: OptimConfig, stage: int, world: World, options: dict[str, Any]
 ) -> dict[str, Any]:
-    elements = sum(p.numel() for p in method.parameters())
-    bucket = max(1_000_000, min(elements, 200_000_000)) // 1024 * 1024 + 1024  # DeepSpeed wants it aligned
+    trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    bucket = max(1_000_000, min(trained // 8, 50_000_000)) // 1024 * 1024 + 1024  # DeepSpeed wants it aligned
     return {
         "train_micro_batch_size_per_gpu": options["micro"],
         "gradient_accumulation_steps": options["accumulate"],
@@ -195,10 +254,12 @@ def _settings(
             "stage": stage,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
-            "stage3_prefetch_bucket_size": bucket // 10,
+            "contiguous_gradients": False,
+            "sub_group_size": max(65_536, trained // world.size // 16),
+            "stage3_prefetch_bucket_size": bucket // 2,
             "stage3_max_live_parameters": 2 * bucket,
-            "stage3_max_reuse_distance": 2 * bucket,
-            "stage3_param_persistence_threshold": STAYS,
+            "stage3_max_reuse_distance": bucket,
+            "stage3_param_persistence_threshold": STAYS if options["persist"] is None else options["persist"],
             "memory_efficient_linear": False,  # its own linear layer has its own idea of autocast
         },
     }
@@ -216,6 +277,15 @@ def _deepspeed(device: torch.device) -> Any:
     if device.type == "cpu":
         ops["deepspeed_shm_comm"] = False  # a private name; gloo serves instead, the build takes a minute
     return deepspeed
+
+
+def _unpack(saved: Any) -> Tensor:
+    if isinstance(saved, Tensor):
+        return saved
+    parameter, shape, strides, offset = saved
+    assert _gathered(parameter)
+    view: Tensor = parameter.data.as_strided(shape, strides, parameter.storage_offset() + offset)
+    return view
 
 
 def _gathered(parameter: Any) -> bool:
