@@ -20,7 +20,14 @@ from vitlab.engine.launch import ClusterConfig
 from vitlab.engine.optim import OptimConfig
 from vitlab.evaluation import EvaluateConfig, ProbeConfig
 from vitlab.experiment import Experiment
-from vitlab.methods import DistillConfig, DVAETrainingConfig, MAEConfig, SimMIMConfig, SupervisedConfig
+from vitlab.methods import (
+    DistillConfig,
+    DVAETrainingConfig,
+    MAEConfig,
+    MSNConfig,
+    SimMIMConfig,
+    SupervisedConfig,
+)
 from vitlab.methods.hints import Hint
 from vitlab.models import (
     BackboneConfig,
@@ -62,6 +69,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "`method: {name: supervised}`": SupervisedConfig,
     "`method: {name: mae}`": MAEConfig,
     "`method: {name: simmim}`": SimMIMConfig,
+    "`method: {name: msn}`": MSNConfig,
     "`method: {name: distill}`": DistillConfig,
     "A pair of `distill.method.hints`": Hint,
     "`method: {name: dvae}`": DVAETrainingConfig,

@@ -12,6 +12,7 @@ from vitlab.methods.base import Average, Losses, Method, Moment
 from vitlab.methods.distill import Distill, DistillConfig
 from vitlab.methods.dvae import DVAETraining, DVAETrainingConfig
 from vitlab.methods.mae import MAE, MAEConfig, Picture
+from vitlab.methods.msn import MSN, MSNConfig
 from vitlab.methods.simmim import SimMIM, SimMIMConfig
 from vitlab.methods.supervised import Supervised, SupervisedConfig
 from vitlab.models import Backbone
@@ -20,11 +21,12 @@ METHODS: dict[str, Any] = {  # name → a `Method`
     "supervised": Supervised,
     "mae": MAE,
     "simmim": SimMIM,
+    "msn": MSN,
     "distill": Distill,
     "dvae": DVAETraining,
 }
 MethodConfig = Annotated[
-    SupervisedConfig | MAEConfig | SimMIMConfig | DistillConfig | DVAETrainingConfig,
+    SupervisedConfig | MAEConfig | SimMIMConfig | MSNConfig | DistillConfig | DVAETrainingConfig,
     Field(discriminator="name"),
 ]
 
@@ -53,6 +55,7 @@ def create_method(config: Any, model: Backbone, **guides: nn.Module | None) -> M
 __all__ = [
     "MAE",
     "METHODS",
+    "MSN",
     "Average",
     "DVAETraining",
     "DVAETrainingConfig",
@@ -60,6 +63,7 @@ __all__ = [
     "DistillConfig",
     "Losses",
     "MAEConfig",
+    "MSNConfig",
     "Method",
     "MethodConfig",
     "Moment",
