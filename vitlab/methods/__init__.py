@@ -9,6 +9,7 @@ from torch import nn
 
 from vitlab.config import UserError
 from vitlab.methods.base import Average, Losses, Method, Moment
+from vitlab.methods.dino import DINO, DINOConfig
 from vitlab.methods.distill import Distill, DistillConfig
 from vitlab.methods.dvae import DVAETraining, DVAETrainingConfig
 from vitlab.methods.mae import MAE, MAEConfig, Picture
@@ -21,12 +22,13 @@ METHODS: dict[str, Any] = {  # name → a `Method`
     "supervised": Supervised,
     "mae": MAE,
     "simmim": SimMIM,
+    "dino": DINO,
     "msn": MSN,
     "distill": Distill,
     "dvae": DVAETraining,
 }
 MethodConfig = Annotated[
-    SupervisedConfig | MAEConfig | SimMIMConfig | MSNConfig | DistillConfig | DVAETrainingConfig,
+    SupervisedConfig | MAEConfig | SimMIMConfig | DINOConfig | MSNConfig | DistillConfig | DVAETrainingConfig,
     Field(discriminator="name"),
 ]
 
@@ -53,10 +55,12 @@ def create_method(config: Any, model: Backbone, **guides: nn.Module | None) -> M
 
 
 __all__ = [
+    "DINO",
     "MAE",
     "METHODS",
     "MSN",
     "Average",
+    "DINOConfig",
     "DVAETraining",
     "DVAETrainingConfig",
     "Distill",
