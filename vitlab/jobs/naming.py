@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from vitlab.config import Config
 from vitlab.sections import AdoptConfig, TrainConfig
 
@@ -20,10 +22,13 @@ def title(label: str, config: Config) -> str:
 
 
 def figured(metrics: dict[str, float]) -> str:
+    found = (re.fullmatch(r"eval/lowshot_(\d+)_top1", name) for name in metrics)
+    shots = sorted(int(match[1]) for match in found if match)
     for name, text in (
         ("eval/top1", "held-out top-1 {:.2%}"),
         ("eval/knn_top1", "held-out kNN top-1 {:.2%}"),
         ("eval/linear_top1", "held-out linear top-1 {:.2%}"),
+        *((f"eval/lowshot_{n}_top1", f"held-out {n}-shot top-1 {{:.2%}}") for n in shots),
         ("val/top1", "validation top-1 {:.2%}"),
         ("probe/knn_top1", "validation kNN top-1 {:.2%}"),
         ("probe/linear_top1", "validation linear top-1 {:.2%}"),
