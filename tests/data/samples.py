@@ -22,6 +22,16 @@ def images(n: int, seed: int = 0, channels: int = 1) -> list[np.ndarray]:
     return list(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
 
 
+def photo(channels: int = 3, side: int = 64) -> torch.Tensor:
+    """A part of a real photograph, uint8 C H W: colours that lie beside one another as colours do."""
+    from sklearn.datasets import load_sample_image
+    from torchvision.transforms.v2 import functional as F
+
+    whole = torch.from_numpy(load_sample_image("china.jpg").copy()).permute(2, 0, 1).contiguous()
+    part = F.resized_crop(whole, 60, 100, 300, 300, [side, side], antialias=True)
+    return F.rgb_to_grayscale(part, 1) if channels == 1 else part
+
+
 def source(pictures: Iterable[np.ndarray], classes: int = 3) -> Source:
     pairs = enumerate(pictures)
     samples: Iterator[Sample] = (Sample(f"s{i:04d}", "png", png(x), i % classes) for i, x in pairs)

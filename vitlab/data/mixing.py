@@ -75,9 +75,9 @@ def _boxes(share: Tensor, centre: Tensor, side: tuple[int, int]) -> Tensor:
     """B, B 2 → B 4: boxes of 1 - λ of the area about a pixel, cut to the image."""
     edges = []
     for length, u in zip(side, centre.unbind(1), strict=True):
-        half = (length * (1 - share).sqrt()).long() // 2
+        cut = (length * (1 - share).sqrt()).long()
         middle = (length * u).long()
-        edges += [(middle - half).clamp(0, length), (middle + half).clamp(0, length)]
+        edges += [(middle - cut // 2).clamp(0, length), (middle + (cut + 1) // 2).clamp(0, length)]
     return torch.stack(edges, 1)
 
 

@@ -4,7 +4,8 @@ Paper: Cubuk et al. 2019 (arXiv 1909.13719). Conventions of timm: fifteen operat
 with repetition; each is applied with probability 1/2 at a magnitude of its own, normal about 9 of 10; all
 grow stronger with the magnitude (`inc1`); what moves in from outside is middle grey.
 
-Departures: timm fills with the data's mean colour where it is told one.
+Departures: timm fills with the data's mean colour where it is told one. At the highest magnitude its posterisation
+keeps no bit, a black image that Pillow refuses by now; here one bit stays.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ COLOURS: dict[str, Operation] = {
     "autocontrast": lambda image, level, other: ImageOps.autocontrast(image),
     "equalize": lambda image, level, other: ImageOps.equalize(image),
     "invert": lambda image, level, other: ImageOps.invert(image),
-    "posterize": lambda image, level, other: ImageOps.posterize(image, 4 - int(level * 4)),
+    "posterize": lambda image, level, other: ImageOps.posterize(image, max(1, 4 - int(level * 4))),
     "solarize": lambda image, level, other: ImageOps.solarize(image, 256 - min(256, int(level * 256))),
     "solarize_add": _solarize_add,
     "colour": _enhance("adjust_saturation"),
