@@ -21,6 +21,7 @@ from vitlab.engine.optim import OptimConfig
 from vitlab.evaluation import EvaluateConfig, ProbeConfig
 from vitlab.experiment import Experiment
 from vitlab.methods import (
+    BEiTConfig,
     DINOConfig,
     DistillConfig,
     DVAETrainingConfig,
@@ -70,6 +71,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "`method: {name: supervised}`": SupervisedConfig,
     "`method: {name: mae}`": MAEConfig,
     "`method: {name: simmim}`": SimMIMConfig,
+    "`method: {name: beit}`": BEiTConfig,
     "`method: {name: msn}`": MSNConfig,
     "`method: {name: dino}`": DINOConfig,
     "`method: {name: distill}`": DistillConfig,

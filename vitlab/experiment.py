@@ -25,7 +25,7 @@ Stage = Annotated[TrainConfig | None, Field(default=None)]
 # The objectives that a stage may have.
 TRAINING = {
     "tokenizer": ("dvae",),
-    "pretrain": ("supervised", "mae", "simmim", "dino", "msn"),
+    "pretrain": ("supervised", "mae", "simmim", "beit", "dino", "msn"),
     "finetune": ("supervised",),
     "distill": ("distill",),
 }

@@ -9,6 +9,7 @@ from torch import nn
 
 from vitlab.config import UserError
 from vitlab.methods.base import Average, Losses, Method, Moment
+from vitlab.methods.beit import BEiT, BEiTConfig
 from vitlab.methods.dino import DINO, DINOConfig
 from vitlab.methods.distill import Distill, DistillConfig
 from vitlab.methods.dvae import DVAETraining, DVAETrainingConfig
@@ -22,13 +23,21 @@ METHODS: dict[str, Any] = {  # name → a `Method`
     "supervised": Supervised,
     "mae": MAE,
     "simmim": SimMIM,
+    "beit": BEiT,
     "dino": DINO,
     "msn": MSN,
     "distill": Distill,
     "dvae": DVAETraining,
 }
 MethodConfig = Annotated[
-    SupervisedConfig | MAEConfig | SimMIMConfig | DINOConfig | MSNConfig | DistillConfig | DVAETrainingConfig,
+    SupervisedConfig
+    | MAEConfig
+    | SimMIMConfig
+    | BEiTConfig
+    | DINOConfig
+    | MSNConfig
+    | DistillConfig
+    | DVAETrainingConfig,
     Field(discriminator="name"),
 ]
 
@@ -60,6 +69,8 @@ __all__ = [
     "METHODS",
     "MSN",
     "Average",
+    "BEiT",
+    "BEiTConfig",
     "DINOConfig",
     "DVAETraining",
     "DVAETrainingConfig",

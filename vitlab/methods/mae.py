@@ -80,6 +80,9 @@ class MAE(Method):
     @classmethod
     def problems(cls, name: str, config: MAEConfig, model: Any, side: int) -> Iterator[str]:
         yield from super().problems(name, config, model, side)
+        if isinstance(model, ViTConfig) and model.relative != "none":
+            given = f"given {model.relative!r}, whose tables are for all patches of an image"
+            yield f"{name}.model.relative: {given}; mae leaves most of them out, allowed: none"
         patches = math.prod(model.grid((side, side))) if isinstance(model, ViTConfig) else 0
         visible = int(patches * (1 - config.mask_ratio))
         if patches and visible in (0, patches):
