@@ -86,6 +86,33 @@ def test_the_experiments_can_be(file: Path) -> None:
             "pretrain.model.name: given 'swin_tiny'; mae cannot train it, allowed: vit_tiny",
         ),
         ("pretrain.model.patch_size=8", "allowed: none, give a smaller pretrain.model.patch_size"),
+        (
+            "pretrain.augment={mixup: 0.8}",
+            "pretrain.augment.mixup: given 0.8; mae has no use for mixed labels, allowed: 0, or a method "
+            "that has: supervised",
+        ),
+        (
+            "pretrain={model: {name: vit_tiny, in_chans: 1, patch_size: 4}, method: {name: dino, "
+            "local_crops: 0}, epochs: 1, batch_size: 64}",
+            "pretrain.augment.name: given 'none'; dino compares random views of an image; allowed: dino, msn, "
+            "or set pretrain.augment.crop_scale",
+        ),
+        (
+            "finetune={model: {name: vit_tiny, in_chans: 1, patch_size: 4}, method: {name: supervised}, "
+            "epochs: 1, batch_size: 4, augment: {cutmix: 1.0}}",
+            "finetune.batch_size: given 4; finetune.augment.cutmix mixes images of a stream in one batch, "
+            "allowed: multiples of data.streams=4 from 8",
+        ),
+        (
+            "finetune={model: {name: vit_tiny, in_chans: 1, patch_size: 4}, method: {name: supervised}, "
+            "epochs: 1, batch_size: 64, accumulate: 4, augment: {name: deit}}",
+            "finetune.accumulate: given 4; finetune.augment.mixup mixes images of a stream, which "
+            "micro-batches must not cut; with 4 streams on 2 workers allowed: 1, 2",
+        ),
+        (
+            "finetune.augment={views: {image: {blurr: 1.0}}}",
+            "finetune.augment: views.image.blurr: unknown key",
+        ),
         ("tune.metric=val/top5", 'tune.metric: given "val/top5"; allowed: val/top1, val/loss'),
         ("data.val=0", "tune.metric: given 'val/top1', but data.val=0 leaves no images for it"),
         ("tune.workers=3", "tune.workers: given 3; it must divide data.streams=4, allowed: 1, 2, 4"),

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from vitlab.evaluation import Tally, confusion_figure, reconstruction_figure, save_figure
+from vitlab.evaluation.pictures import augmentation_figure
 from vitlab.evaluation.search import Trial, search_figure
 
 
@@ -83,3 +84,16 @@ def test_search(lowest: bool, tmp_path: Path) -> None:
     red = [dots.get_offsets()[0].tolist() for dots in axes.collections if dots.get_edgecolor()[0][0] > 0.5]
     assert red == ([[0.1, 0.5]] if lowest else [[0.001, 0.7]])
     saved(figure, tmp_path)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_views(channels: int, tmp_path: Path) -> None:
+    views = {
+        "global/0": torch.rand(4, channels, 28, 28),
+        "local/0": torch.rand(4, channels, 12, 12) * 2 - 0.5,
+    }
+    figure = augmentation_figure(views, "two views of four images")
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == ["global/0\n28 px", "", "", "", "local/0\n12 px", "", "", ""]
+    height, width = saved(figure, tmp_path).shape[:2]
+    assert height > width

@@ -51,6 +51,7 @@ class Distill(Method):
 
     guide = "teacher"
 
+    mixes = True
     def __init__(self, config: DistillConfig, model: Backbone, image_size: int, teacher: nn.Module) -> None:
         super().__init__()
         _refuse(model, teacher)
