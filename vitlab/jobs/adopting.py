@@ -149,7 +149,9 @@ def _fill(config: AdoptConfig, model: Backbone, weights: Any, classes: int) -> R
             raise UserError(f"adopt.weights: {error}") from None
     if not classes:
         way = f"give adopt.replace=[{', '.join(model.heads)}] to leave the head out"
-        raise UserError(f"adopt.weights: {config.weights} has a head, which num_classes: 0 does not want; {way}")
+        raise UserError(
+            f"adopt.weights: {config.weights} has a head, which num_classes: 0 does not want; {way}"
+        )
     raise UserError(
         f"adopt.weights: the head in {config.weights} is not one for the {classes} classes of the shards; "
         f"{_way(model)}"
