@@ -201,3 +201,14 @@ def test_a_teacher_without_maps() -> None:
     config = build(DistillConfig, {"hints": [{"student": 1, "teacher": 1}]})
     with pytest.raises(UserError, match="hints: given, but vit_b_32, the teacher, has no maps by depth"):
         create_method(config, model, teacher=teacher)
+
+
+def test_of_a_mixed_image_both_labels_count_by_their_shares() -> None:
+    ours, of = method(pairs=[], alpha=0.25), batch()
+    others, share = of.labels.flip(0), torch.tensor([0.3, 1.0, 0.6, 0.0], dtype=torch.float64)
+    found = torch.zeros((), dtype=torch.float64)
+    for i, alone in enumerate(torch.eye(4, dtype=torch.float64) * of.weight):
+        for labels, part in ((of.labels, share[i]), (others, 1 - share[i])):
+            found = found + part * ours(replace(of, labels=labels, weight=alone)).loss
+    mixed = replace(of, others=others, share=share)
+    torch.testing.assert_close(ours(mixed).loss, found, rtol=1e-12, atol=0)

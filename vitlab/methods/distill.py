@@ -7,8 +7,9 @@ Hinton et al. 2015 (1503.02531).
   hard: D = CE(student, argmax teacher)        soft: D = T² · KL(teacher/T ‖ student/T) / C
 
 Without the distillation token both terms read the model's logits. Conventions of the authors' code: soft D is
-divided by batch × classes, where equation 2 has no 1/C; the teacher sees the very view that the student sees
-(Beyer et al. 2021, 2106.05237, call it consistent teaching); smoothing touches the labels only.
+divided by batch × classes, where equation 2 has no 1/C; the teacher sees the very view that the student sees,
+mixed images too (Beyer et al. 2021, 2106.05237, call it consistent teaching); smoothing and the two labels of
+a mixed image touch CE alone.
 
 H compares layers before the last, see hints.py; β is `hint_weight`. Without `hints` there is no such term.
 
@@ -31,7 +32,7 @@ from vitlab.batch import Batch, View
 from vitlab.config import Config, UserError
 from vitlab.methods.base import Losses, Method, full
 from vitlab.methods.hints import Hint, Hints, layers_of
-from vitlab.methods.supervised import correct, cross_entropy, labelled
+from vitlab.methods.supervised import correct, cross_entropy, label_loss, labelled
 from vitlab.models import Backbone, ViTConfig, from_config
 
 
@@ -50,8 +51,8 @@ class Distill(Method):
     """Owns the student as `model` and the teacher, which is frozen and always in eval mode."""
 
     guide = "teacher"
-
     mixes = True
+
     def __init__(self, config: DistillConfig, model: Backbone, image_size: int, teacher: nn.Module) -> None:
         super().__init__()
         _refuse(model, teacher)
@@ -100,7 +101,7 @@ class Distill(Method):
         model = self.model if self.training else self.exported()
         features = model(images, wanted, seeds=batch.seeds)
         by_label, by_teacher = features.heads if self.config.token else (features.logits, features.logits)
-        true = cross_entropy(by_label, batch.labels, self.config.label_smoothing)
+        true = label_loss(by_label, batch, self.config.label_smoothing)
         loss = (1 - self.config.alpha) * true + self.config.alpha * self._distance(by_teacher, taught)
         metrics = {
             "top1": correct(features.logits, batch.labels),
