@@ -12,8 +12,9 @@ import os
 import runpy
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vitlab.experiment import Experiment
@@ -156,14 +157,26 @@ def main() -> None:
         help="measure against a peer",
         epilog="example: vitlab bench step vit_small swin_tiny --json step.json",
     )
-    bench.add_argument("what", choices=["step"], help="step: forward, backward and optimizer of a model")
+    bench.add_argument(
+        "what",
+        choices=["step", "memory"],
+        help="step: seconds of forward, backward and optimizer of a model; "
+        "memory: bytes of a worker under ZeRO-3 with a teacher, against plain PyTorch",
+    )
     bench.add_argument(
         "cases", nargs="*", help="of vit_small, deit_small, swin_tiny, coatnet_0, cvt_13, mae; default: all"
     )
-    bench.add_argument("--batch", type=int, default=8, help="images of a step (8)")
-    bench.add_argument("--image-size", type=int, default=224, help="pixels a side (224)")
-    bench.add_argument("--rounds", type=int, default=9, help="measured rounds; medians are shown (9)")
-    bench.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (all cores)")
+    bench.add_argument("--batch", type=int, help="images of a step (step 8; memory 16, over all workers)")
+    bench.add_argument("--image-size", type=int, help="pixels a side (step 224, memory 64)")
+    bench.add_argument("--rounds", type=int, help="measured rounds; medians are shown (step 9, memory 5)")
+    bench.add_argument("--threads", type=int, help="CPU threads (step all cores, memory 1 a worker)")
+    bench.add_argument("--workers", type=int, nargs="+", help="memory: numbers of workers (1 2 4)")
+    bench.add_argument(
+        "--persist",
+        type=int,
+        nargs="+",
+        help="memory: sizes of the largest parameter that is never sharded (0, vitlab's, DeepSpeed's)",
+    )
     bench.add_argument("--compile", action="store_true", help="our side by torch.compile, the peer eager")
     bench.add_argument(
         "--precision", choices=["fp32", "bf16", "auto"], default="fp32", help="auto: bf16 on GPUs (fp32)"
@@ -211,18 +224,35 @@ def _run(given: argparse.Namespace) -> None:
 
 def _bench(given: argparse.Namespace) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
-    from vitlab.bench import StepOptions, bench_step, print_rows, write_json
+    from vitlab.bench import MemoryOptions, StepOptions, bench_memory, bench_step, print_rows, write_json
+    from vitlab.config import UserError
     from vitlab.dist import device
     from vitlab.face import Face
 
     if given.json is not None:
         _writable(given.json)
-    names = ("batch", "image_size", "rounds", "threads", "compile", "precision")
-    options = StepOptions(**{name: getattr(given, name) for name in names})
-    rows = bench_step(given.cases, options, lambda text: Face().print(f"  {text}"))
-    print_rows(f"bench step · {options.precision} · batch {options.batch} · {options.threads} threads", rows)
+
+    def say(text: str) -> None:
+        Face().print(f"  {text}")
+
+    def options(kind: Any) -> Any:
+        values = {field.name: getattr(given, field.name, None) for field in fields(kind)}
+        fit = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if v is not None}
+        return kind(**fit)
+
+    if given.what == "memory":
+        if given.cases or given.compile or given.precision != "fp32":
+            raise UserError("bench memory: takes no cases, no --compile, and --precision fp32 alone")
+        how = options(MemoryOptions)
+        rows = bench_memory(how, say)
+    else:
+        given.threads = os.cpu_count() if given.threads is None else given.threads
+        how = options(StepOptions)
+        rows = bench_step(given.cases, how, say)
+    title = f"bench {given.what} · {given.precision} · batch {how.batch} · {how.threads} threads"
+    print_rows(title, rows)
     if given.json is not None:
-        write_json(given.json, "step", rows, device(0))
+        write_json(given.json, given.what, rows, device(0))
 
 
 def _export(given: argparse.Namespace) -> None:

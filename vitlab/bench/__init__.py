@@ -6,7 +6,17 @@ The two sides take turns, so that whatever else the machine does falls on both. 
 
 from __future__ import annotations
 
+from vitlab.bench.memory import MemoryOptions, bench_memory
 from vitlab.bench.report import Row, print_rows, write_json
 from vitlab.bench.step import CASES, StepOptions, bench_step
 
-__all__ = ["CASES", "Row", "StepOptions", "bench_step", "print_rows", "write_json"]
+__all__ = [
+    "CASES",
+    "MemoryOptions",
+    "Row",
+    "StepOptions",
+    "bench_memory",
+    "bench_step",
+    "print_rows",
+    "write_json",
+]
