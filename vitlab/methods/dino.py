@@ -150,7 +150,7 @@ class DINO(Method):
         return full(head(torch.cat(pooled))).view(count, -1, self.config.out_dim)
 
     def _compare(self, s: Tensor, t: Tensor, weight: Tensor) -> Losses:
-        log_p = F.log_softmax((t - self.center) / self.temperature, dim=-1)
+        log_p = F.log_softmax((t - self.center).div_(self.temperature), dim=-1)
         p = log_p.exp()
         entropy = -torch.einsum("qbk,qbk->b", p, log_p) / GLOBAL
         log_s = F.log_softmax(s / self.config.student_temp, dim=-1)
