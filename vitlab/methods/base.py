@@ -179,7 +179,7 @@ def watching(module: nn.Module, mode: bool) -> None:
 
 def batch_mean(values: Tensor, weight: Tensor) -> Tensor:
     """B … → …: the mean over the global batch. Each worker's gradient is that of its own samples, whole."""
-    local = torch.tensordot(weight.to(values.dtype), values, dims=1)
+    local: Tensor = torch.tensordot(weight.to(values.dtype), values, dims=1)
     whole = summed(local.detach()) + (local - local.detach())
     return whole / summed(weight.sum()).clamp(min=TINY)
 

@@ -206,8 +206,8 @@ class MSN(Method):
         if self.config.focal_crops:
             groups.append(self._embed(batch, "focal", batch.views[first:], masked=False))
         cosines = self.prototypes(torch.cat(groups))
-        logs = (cosines / self.config.temperature).log_softmax(-1)
-        return logs.unflatten(0, (large + self.config.focal_crops, -1))
+        logs: Tensor = (cosines / self.config.temperature).log_softmax(-1)
+        return logs.view(large + self.config.focal_crops, len(batch.seeds), -1)
 
     def _embed(self, batch: Batch, kind: str, views: list[Tensor], masked: bool) -> Tensor:
         """Views of one size → V·B E."""
