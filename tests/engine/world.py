@@ -172,8 +172,13 @@ TEACHING: dict[str, dict[str, Any]] = {
     "dino": {"local_crops": 2, "out_dim": 48, "hidden_dim": 40, "bottleneck_dim": 24, "momentum": 0.9},
     # A low temperature makes rounding grow, and what stands below BatchNorm is led by rounding alone.
     "msn": {
-        **{"focal_crops": 2, "prototypes": 24, "hidden_dim": 40, "output_dim": 24, "momentum": 0.9},
-        **{"temperature": 1.0, "head_batch_norm": False},
+        "focal_crops": 2,
+        "prototypes": 24,
+        "hidden_dim": 40,
+        "output_dim": 24,
+        "momentum": 0.9,
+        "temperature": 1.0,
+        "head_batch_norm": False,
     },
 }
 METHODS: dict[str, Callable[[], Method]] = {
