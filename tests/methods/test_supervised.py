@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from pydantic import TypeAdapter
 
 from vitlab.batch import Batch, View
 from vitlab.config import Config, UserError, build
-from vitlab.methods import METHODS, Method, MethodConfig, SupervisedConfig, create_method
+from vitlab.methods import METHODS, MAEConfig, Method, MethodConfig, SupervisedConfig, create_method
 from vitlab.models import Backbone, create_model
 
 TINY = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -53,6 +55,21 @@ def test_samples_without_a_label_have_no_part() -> None:
         assert torch.equal(ours(of).loss, without)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_mixed_images_have_two_labels(smoothing: float) -> None:
+    of = batch()
+    share = torch.tensor([0.9, 0.2, 0.5, 1.0, 0.0, 0.7])
+    mixed = replace(of, others=of.labels.roll(-1), share=share)
+    ours = method(smoothing).eval()
+    with torch.no_grad():
+        losses, logits = ours(mixed), ours.model(of.views[0])
+    target = share[:, None] * F.one_hot(of.labels, 4) + (1 - share)[:, None] * F.one_hot(mixed.others, 4)
+    target = target * (1 - smoothing) + smoothing / 4
+    each = -(target * logits.log_softmax(-1)).sum(-1)
+    torch.testing.assert_close(losses.loss, (each * of.weight).sum())
+    assert float(ours.weigh(mixed)) == 4.5
+
+
 def test_a_distilled_model_without_a_teacher_trains_its_class_head() -> None:
     ours, of = method(distilled=True), batch()
     loss = ours(of).loss
@@ -89,11 +106,9 @@ def test_layers_and_decay_of_a_method() -> None:
 
 def test_methods_by_name() -> None:
     read = TypeAdapter(MethodConfig).validate_python
-    assert {type(read({"name": name})).__name__ for name in METHODS} == {
-        "SupervisedConfig",
-        "MAEConfig",
-        "DistillConfig",
-    }
+    assert [read({"name": name}).name for name in METHODS] == list(METHODS)
+    assert type(read({"name": "mae"})) is MAEConfig
+    assert {name for name, made in METHODS.items() if made.mixes} == {"supervised", "distill"}
 
     class Section(Config):
         method: MethodConfig

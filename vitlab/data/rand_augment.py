@@ -4,8 +4,8 @@ Paper: Cubuk et al. 2019 (arXiv 1909.13719). Conventions of timm: fifteen operat
 with repetition; each is applied with probability 1/2 at a magnitude of its own, normal about 9 of 10; all
 grow stronger with the magnitude (`inc1`); what moves in from outside is middle grey.
 
-Departures: timm fills with the data's mean colour where it is told one. At the highest magnitude its posterisation
-keeps no bit, a black image that Pillow refuses by now; here one bit stays.
+Departures: timm fills with the data's mean colour where it is told one. At the highest magnitude its
+posterisation keeps no bit, a black image that Pillow refuses by now; here one bit stays.
 """
 
 from __future__ import annotations
