@@ -15,11 +15,11 @@ SMALL = MemoryOptions(workers=(2,), persist=(0,), batch=2, image_size=32, embed_
 
 
 def test_plain_is_twenty_bytes_a_parameter() -> None:
-    """Student 4, its gradient 4, AdamW's moments 8, teacher 4; the teacher is as large as the student."""
+    """Student 4, its gradient 4, AdamW's moments 8, teacher 4; and the lengths of the last layer's rows."""
     found = measure(None, None, SMALL, World())
     expected = {"weights": 4, "frozen": 4, "gradients": 4, "moments": 8, "state": 20}
     for kind, size in expected.items():
-        assert found[kind] == pytest.approx(size * found["parameters"], rel=1e-3)
+        assert found[kind] == pytest.approx(size * found["parameters"], rel=5e-3)
     assert found["peak"] > found["state"]
 
 
