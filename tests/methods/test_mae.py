@@ -214,6 +214,12 @@ def test_wrong_configs(more: dict[str, object], line: str) -> None:
         method(**more)
 
 
+def test_tables_of_whole_images_are_refused() -> None:
+    model = create_model("vit_tiny", num_classes=0, image_size=16, relative="shared", **BOTH)
+    with pytest.raises(UserError, match=r"model\.relative: given 'shared', .* allowed: none"):
+        create_method(build(MAEConfig, DECODER), model)
+
+
 def test_a_model_with_a_head_is_refused() -> None:
     model = create_model("vit_tiny", num_classes=3, image_size=16, **BOTH)
     with pytest.raises(UserError, match="given num_classes 3, allowed: 0"):
