@@ -70,6 +70,15 @@ def test_reconstruction(channels: int, count: int, tmp_path: Path) -> None:
     assert drawn.shape[1] > 100 * count
 
 
+def test_reconstruction_of_whole_images_has_two_rows(tmp_path: Path) -> None:
+    images = torch.rand(3, 1, 8, 8)
+    figure = reconstruction_figure(images, None, images * 0.5, "from codes")
+    assert [axes.get_ylabel() for axes in figure.axes[::3]] == ["image", "painted"]
+    assert np.allclose(figure.axes[3].images[0].get_array(), images[0, 0].numpy() * 0.5)
+    assert all(len(axes.images) == 1 for axes in figure.axes), "nothing is tinted"
+    saved(figure, tmp_path)
+
+
 @pytest.mark.parametrize("lowest", [False, True])
 def test_search(lowest: bool, tmp_path: Path) -> None:
     trials = [

@@ -184,7 +184,7 @@ def _reconstructions(
     strategy.train(False)
     with torch.no_grad():
         picture: Picture = strategy.forward(batch.to(world.device, mean, std), "picture")
-    return Picture(*(None if p is None else (p.float() * std + mean).cpu() for p in picture))
+    return Picture._make(None if p is None else (p.float() * std + mean).cpu() for p in picture)
 
 
 def _publish_model(

@@ -81,7 +81,7 @@ class DVAETraining(Method):
         self.settled = now.progress >= max(c.temperature_until, c.kl_until)
 
     def losses(self, batch: Batch) -> Losses:
-        model = self.model if self.training else self.exported()
+        model = self.model if self.training else self._exported()
         pixels = full(self.model.pixels(batch.views[0]))
         logits, location, scale = self._paint(model, batch)
         nll = -log_density(map_pixels(pixels), location, scale).flatten(1).sum(1)
@@ -100,9 +100,14 @@ class DVAETraining(Method):
 
     def picture(self, batch: Batch) -> Picture:
         """Nothing is hidden; what is painted from the likeliest codes."""
-        model = self.exported()
+        model = self._exported()
         _, location, _ = self._paint(model, batch)
         return Picture(batch.views[0], None, model.normal(unmap_pixels(location.sigmoid())))
+
+    def _exported(self) -> DVAE:
+        model = self.exported()
+        assert isinstance(model, DVAE)
+        return model
 
     def _paint(self, model: DVAE, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Logits B N V; μ and ln b of the pixels' logits, B C H W."""
@@ -176,4 +181,5 @@ def log_density(x: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:
 
 def perplexity(shares: Tensor) -> Tensor:
     """V → as many codes used evenly would have this entropy; 1 where nothing was seen yet."""
-    return torch.special.entr(shares).sum().exp()
+    found: Tensor = torch.special.entr(shares).sum().exp()
+    return found

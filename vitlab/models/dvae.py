@@ -52,7 +52,7 @@ class DVAEConfig(BackboneConfig):
     @property
     def reduce(self) -> int:
         """The side in pixels of what a code stands for."""
-        return 2 ** (self.groups - 1)
+        return 1 << (self.groups - 1)
 
     def grid(self, image_size: Size) -> Size:
         for side in image_size:
@@ -117,7 +117,7 @@ class DVAE(Backbone):
 
     def decode(self, codes: Tensor, grid: Size) -> tuple[Tensor, Tensor]:
         """B N V, each part's weights of the codes → μ and ln b of every pixel's logit, B C height width."""
-        painted: Tensor = self.decoder(codes.transpose(1, 2).unflatten(2, grid), self.run)
+        painted: Tensor = self.decoder(codes.transpose(1, 2).reshape(len(codes), -1, *grid), self.run)
         location, scale = painted.chunk(2, dim=1)
         return location, scale
 
