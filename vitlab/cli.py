@@ -152,6 +152,12 @@ def main() -> None:
     ui.add_argument("--port", type=int, default=5000)
     ui.set_defaults(action=_ui)
 
+    _add_bench(commands)
+    given = parser.parse_args()
+    sys.exit(guarded(lambda: given.action(given)))
+
+
+def _add_bench(commands: Any) -> None:
     bench = commands.add_parser(
         "bench",
         help="measure against a peer",
@@ -183,9 +189,6 @@ def main() -> None:
     )
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     bench.set_defaults(action=_bench)
-
-    given = parser.parse_args()
-    sys.exit(guarded(lambda: given.action(given)))
 
 
 def _shards(given: argparse.Namespace) -> None:
