@@ -59,9 +59,7 @@ def idx(path: Path) -> Source:
     """
     found = sorted(path.glob("*-images-idx3-ubyte*"), reverse=True) if path.is_dir() else []
     if not found:
-        raise UserError(
-            f"data.source: {path}: no NAME-images-idx3-ubyte[.gz] in it; give their directory"
-        )
+        raise UserError(f"data.source: {path}: no NAME-images-idx3-ubyte[.gz] in it; give their directory")
     pairs = [(_idx(file), _idx(_labels_of(file))) for file in found]
     for file, (images, labels) in zip(found, pairs, strict=True):
         if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):

@@ -96,11 +96,6 @@ def reconstruction_figure(original: Tensor, masked: Tensor | None, painted: Tens
     return figure
 
 
-def _hatch(axes: Axes, hidden: Tensor) -> None:
-    """Tints what the encoder did not see: the fill alone looks like any grey pixel."""
-    tint = torch.zeros(*hidden.shape, 4)
-    tint[hidden] = torch.tensor([0.94, 0.55, 0.24, 1.0])
-    axes.imshow(tint.numpy(), interpolation="nearest")
 def augmentation_figure(views: dict[str, Tensor], title: str) -> Figure:
     """A row for each image, a column for each view by its name: what a method gets. Values in 0..1."""
     rows = min(len(images) for images in views.values())
@@ -120,6 +115,11 @@ def augmentation_figure(views: dict[str, Tensor], title: str) -> Figure:
     return figure
 
 
+def _hatch(axes: Axes, hidden: Tensor) -> None:
+    """Tints what the encoder did not see: the fill alone looks like any grey pixel."""
+    tint = torch.zeros(*hidden.shape, 4)
+    tint[hidden] = torch.tensor([0.94, 0.55, 0.24, 1.0])
+    axes.imshow(tint.numpy(), interpolation="nearest")
 
 
 def shortened(label: str) -> str:

@@ -153,7 +153,7 @@ def _start_from(model: Backbone, folder: Path) -> None:
 
 
 def _steps(place: Place, shards: Shards, read: ReadPlan, world: World, start: int) -> Iterator[list[Batch]]:
-    to_device = mover(place.data, world)
+    to_device = mover(place.data, world, read.augment, read.batch)
     batches = train_batches(shards, place.data, read, start_step=start)
     while step := [to_device(batch) for batch in itertools.islice(batches, read.accumulate)]:
         yield step
