@@ -143,7 +143,7 @@ def _stage_problems(name: str, stage: TrainConfig, data: ShardsConfig, workers: 
         allowed = ", ".join(TRAINING[name])
         yield f"{name}.method.name: given {stage.method.name!r}; allowed in this stage: {allowed}"
     method = METHODS[stage.method.name]
-    if method.whole_batch and stage.accumulate > 1:
+    if method.whole_batch(stage.method) and stage.accumulate > 1:
         yield (
             f"{name}.accumulate: given {stage.accumulate}; {stage.method.name} compares the images of a "
             "whole batch, which micro-batches would change; allowed: 1; "

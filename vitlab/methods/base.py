@@ -61,7 +61,6 @@ class Method(nn.Module):
     headless: ClassVar[bool] = False  # whether it trains a backbone without a classifier
     guide: ClassVar[Literal["", "teacher", "tokenizer"]] = ""  # the trained model that it learns from
     takes: ClassVar[tuple[type[BackboneConfig], ...]] = ()  # families it can train; empty: all classifiers
-    whole_batch: ClassVar[bool] = False  # its loss looks at a batch as a whole: no micro-batches
     mixes: ClassVar[bool] = False  # its loss knows images mixed of two, with two labels
     one_view: ClassVar[bool] = True  # its loss can be taken on one plain view: there is a `val/loss`
 
@@ -83,6 +82,11 @@ class Method(nn.Module):
         if not isinstance(model, takes):
             names = ", ".join(preset for family in takes for preset in family.presets)
             yield f"{name}.model.name: given {model.name!r}; {config.name} cannot train it, allowed: {names}"
+
+    @classmethod
+    def whole_batch(cls, config: Any) -> bool:
+        """Whether the loss looks at a batch as a whole, so that micro-batches would change it."""
+        return bool(getattr(config, "head_batch_norm", False))
 
     # ------------------------------------------------------------ what the loop asks
 

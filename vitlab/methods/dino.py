@@ -18,8 +18,7 @@ evenly over all dimensions, then `teacher_entropy` is log K, or always the same 
 
 Departures: the centre is that of the global batch, in one collective a step, so that neither accumulation nor
 padding changes it; positions of local views are resampled without the authors' tenth of a patch
-(models/vit.py); gradients are clipped together (`optim.clip`), theirs tensor by tensor; no batch
-normalisation in the head.
+(models/vit.py); gradients are clipped together (`optim.clip`), theirs tensor by tensor.
 
 Letters: B samples, V views, Q = 2 global views, K dimensions of the output, t teacher's, s student's output.
 """
@@ -57,6 +56,7 @@ class DINOConfig(Config):
     hidden_dim: int = Field(2048, gt=0)
     bottleneck_dim: int = Field(256, gt=0)
     head_layers: int = Field(3, gt=0)
+    head_batch_norm: bool = False  # in the head's hidden layers
     norm_last_layer: bool = True  # the rows of the last layer keep length 1
     freeze_last_layer: float = Field(1.0, ge=0)  # epochs
     student_temp: float = Field(0.1, gt=0)
@@ -97,7 +97,8 @@ class DINO(Method):
         self.config, self.model, self.image_size = config, model, image_size
         self.local_size = _local_size(config, model.config, image_size)
         dims = (pooled_width(model), config.hidden_dim, config.bottleneck_dim, config.out_dim)
-        self.head = DINOHead(dims, config.head_layers, norm_last_layer=config.norm_last_layer)
+        how = {"norm_last_layer": config.norm_last_layer, "batch_norm": config.head_batch_norm}
+        self.head = DINOHead(dims, config.head_layers, **how)
         self.teacher, self.teacher_head = frozen(self.model), frozen(self.head)
         self.register_buffer("center", torch.zeros(config.out_dim))
         self.register_buffer("spread", torch.zeros(()))

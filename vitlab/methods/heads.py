@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vitlab.methods.base import full
 from vitlab.models import Backbone
+from vitlab.models.parts.norm import BatchNorm1d
 from vitlab.models.vit import init_linears
 
 
@@ -41,15 +42,17 @@ class UnitRows(nn.Module):
 class DINOHead(nn.Module):
     """B D → an MLP with the exact GELU → unit length in the bottleneck → B K: with g = 1, cosines."""
 
-    def __init__(self, dims: tuple[int, int, int, int], layers: int, *, norm_last_layer: bool) -> None:
+    def __init__(
+        self, dims: tuple[int, int, int, int], layers: int, *, norm_last_layer: bool, batch_norm: bool = False
+    ) -> None:
         """`dims`: D, H, E, K."""
         super().__init__()
         dim, hidden, bottleneck, out = dims
         widths = [dim, *[hidden] * (layers - 1), bottleneck]
         parts: list[nn.Module] = []
         for before, after in pairwise(widths):
-            parts += [nn.Linear(before, after), nn.GELU()]
-        self.mlp = nn.Sequential(*parts[:-1]) if layers > 1 else parts[0]
+            parts += [nn.Linear(before, after), *([BatchNorm1d(after)] if batch_norm else []), nn.GELU()]
+        self.mlp = nn.Sequential(*parts[: -2 if batch_norm else -1]) if layers > 1 else parts[0]
         init_linears(self.mlp, "deit")
         self.last_layer = UnitRows(bottleneck, out, fixed=norm_last_layer)
 

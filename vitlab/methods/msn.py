@@ -96,7 +96,6 @@ class Prototypes(nn.Module):
 class MSN(Method):
     headless = True
     takes = (ViTConfig,)
-    whole_batch = True
     one_view = False
     model: ViT
 
@@ -130,6 +129,10 @@ class MSN(Method):
             most = math.floor((1 - 1 / patches) * 1000) / 1000
             given = f"given {config.mask_ratio}, which leaves no patch of {patches} visible"
             yield f"{name}.method.mask_ratio: {given}; allowed: from 0 to {most:g}"
+
+    @classmethod
+    def whole_batch(cls, config: MSNConfig) -> bool:
+        return True
 
     # ------------------------------------------------------------ what the loop asks
 
