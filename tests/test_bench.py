@@ -6,10 +6,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vitlab.bench import CASES, StepOptions, bench_step, step
 from vitlab.bench.peers import Classifier
@@ -76,6 +77,47 @@ def test_every_pair_says_the_same_and_is_timed(case: str) -> None:
     assert row.case == case
     assert 0 < row.ours < 60
     assert row.ratio == row.ours / row.theirs
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if "/" in name])
+def test_objectives_do_the_same_work(case: str) -> None:
+    """Losses, the gradient's length, how far teachers and centres have moved."""
+    torch.manual_seed(0)
+    _, *sides = CASES[case](64)
+    images, labels = torch.randn(4, 3, 64, 64), torch.arange(4)
+    found: list[dict[str, float]] = []
+    for side in sides:
+        side.train()
+        optimizer = torch.optim.AdamW([p for p in side.parameters() if p.requires_grad], lr=1e-3, eps=1e-2)
+        before, figures = followers(side), {}
+        for turn in range(2):
+            loss = side(images, labels)
+            loss.backward()
+            learned = [p.grad.norm() for p in side.parameters() if p.grad is not None]
+            figures[f"loss {turn}"] = float(loss.detach())
+            figures[f"gradient {turn}"] = float(torch.stack(learned).norm())
+            optimizer.step()
+            optimizer.zero_grad()
+            getattr(side, "follow", lambda: None)()
+        figures |= {name: float((now - before[name]).norm()) for name, now in followers(side).items()}
+        found.append(figures)
+    assert found[0] == pytest.approx(found[1], rel=2e-3)
+    moving = {
+        "dino/lightly": ["center", "teacher", "teacher_head"],
+        "msn/lightly": ["teacher", "teacher_head"],
+    }
+    assert sorted(name for name, far in found[0].items() if far and " " not in name) == moving.get(case, [])
+
+
+def followers(side: nn.Module) -> dict[str, Tensor]:
+    """What no gradient reaches, in one row of numbers each."""
+    owner: Any = getattr(side, "method", side)
+    parts = {name: getattr(owner, name) for name in ("teacher", "teacher_head") if hasattr(owner, name)}
+    found = {
+        name: torch.cat([p.detach().flatten() for p in part.parameters()]) for name, part in parts.items()
+    }
+    center = getattr(getattr(owner, "criterion", owner), "center", None)
+    return found if center is None else found | {"center": center.clone()}
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -166,11 +166,15 @@ def _add_bench(commands: Any) -> None:
     bench.add_argument(
         "what",
         choices=["step", "memory"],
-        help="step: seconds of forward, backward and optimizer of a model; "
+        help="step: seconds of forward, backward and optimizer of a model or an objective; "
         "memory: bytes of a worker under ZeRO-3 with a teacher, against plain PyTorch",
     )
     bench.add_argument(
-        "cases", nargs="*", help="of vit_small, deit_small, swin_tiny, coatnet_0, cvt_13, mae; default: all"
+        "cases",
+        nargs="*",
+        help="models: vit_small, deit_small, swin_tiny, coatnet_0, cvt_13; objectives: mae, mae/lightly, "
+        "simmim/lightly, beit/transformers, dino/lightly, msn/lightly, distill/timm, distill_soft/timm; "
+        "default: all",
     )
     bench.add_argument("--batch", type=int, help="images of a step (step 8; memory 16, over all workers)")
     bench.add_argument("--image-size", type=int, help="pixels a side (step 224, memory 64)")

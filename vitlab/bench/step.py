@@ -1,8 +1,9 @@
-"""`vitlab bench step`: forward, backward and optimizer step of a model, against its peer.
+"""`vitlab bench step`: forward, backward and optimizer step of a model or an objective, against its peer.
 
 Both sides hold the same weights, see the same images, have the fused AdamW and the same precision. Their
-losses are compared before anything is timed, so the model alone is what differs. The peer is always eager;
-with `compile` ours is compiled.
+losses are compared before anything is timed, so the model alone is what differs. Objectives (`NAME/PEER`)
+move their teachers and centres in the timed step, too (`follow`). The peer is always eager; with `compile`
+ours is compiled.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from vitlab.bench.objectives import beit_transformers, distill_timm, mae_lightly, simmim_lightly
 from vitlab.bench.peers import CLASSES, Pair, cvt_pair, mae_pair, timm_pair
 from vitlab.bench.report import Row, alternate
+from vitlab.bench.siamese import dino_lightly, msn_lightly
 from vitlab.config import UserError, nearest
 from vitlab.dist import device, half
 
@@ -32,6 +35,13 @@ CASES: dict[str, Callable[[int], Pair]] = {
     "coatnet_0": partial(timm_pair, "coatnet_0", "coatnet_0_224"),
     "cvt_13": cvt_pair,
     "mae": mae_pair,
+    "mae/lightly": mae_lightly,
+    "simmim/lightly": simmim_lightly,
+    "beit/transformers": beit_transformers,
+    "dino/lightly": dino_lightly,
+    "msn/lightly": msn_lightly,
+    "distill/timm": partial(distill_timm, "hard"),
+    "distill_soft/timm": partial(distill_timm, "soft"),
 }
 
 
@@ -67,14 +77,14 @@ def _row(name: str, options: StepOptions, say: Callable[[str], None]) -> Row:
     images = torch.randn(options.batch, 3, size, size).to(where)
     labels = torch.randint(0, CLASSES, (options.batch,)).to(where)
     for side in (ours, theirs):
-        side.to(where).eval()
+        side.to(where).train()
     _same(name, ours, theirs, images[:2], labels[:2])
     work = _operations(ours, images, labels) if where.type == "cuda" else 0
     if options.compile:
         say(f"{name}: compiling, up to some minutes")
         ours.compile()
     bf16 = half(where, options.precision)
-    turns = [_stepper(side.train(), images, labels, bf16) for side in (ours, theirs)]
+    turns = [_stepper(side, images, labels, bf16) for side in (ours, theirs)]
     say(f"{name}: {options.rounds} rounds")
     mine, other = alternate(turns[0], turns[1], options.rounds)
     more = {"images/s": options.batch / mine}
@@ -96,6 +106,7 @@ def _same(name: str, ours: nn.Module, theirs: nn.Module, images: Tensor, labels:
 def _stepper(side: nn.Module, images: Tensor, labels: Tensor, bf16: bool) -> Callable[[], float]:
     parameters = [p for p in side.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
+    follow = getattr(side, "follow", None)
 
     def step() -> float:
         _wait(images.device)
@@ -105,6 +116,8 @@ def _stepper(side: nn.Module, images: Tensor, labels: Tensor, bf16: bool) -> Cal
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if follow is not None:
+            follow()
         _wait(images.device)
         return time.perf_counter() - begin
 

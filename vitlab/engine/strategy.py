@@ -91,6 +91,16 @@ def buffers(method: Method) -> Iterator[Piece]:
 
 
 @torch.no_grad()
+def move(average: Average) -> None:
+    """Moves an average whose tensors are whole one step on, all of its tensors in one call."""
+    old: list[Tensor] = list(average.target.parameters())
+    new: list[Tensor] = list(average.source.parameters())
+    assert len(old) == len(new)
+    torch._foreach_lerp_(old, new, 1 - average.momentum)
+    average_buffers(average)
+
+
+@torch.no_grad()
 def average_buffers(average: Average) -> None:
     """Buffers are whole on every rank; counters and tables are taken as they are."""
     for old, new in zip(average.target.buffers(), average.source.buffers(), strict=True):
@@ -125,11 +135,8 @@ class Plain:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    @torch.no_grad()
     def average(self, average: Average) -> None:
-        for old, new in zip(average.target.parameters(), average.source.parameters(), strict=True):
-            old.lerp_(new, 1 - average.momentum)
-        average_buffers(average)
+        move(average)
 
     def own(self) -> Iterator[Piece]:
         for name, parameter in kept(self.method).items():
