@@ -28,6 +28,7 @@ from vitlab.methods import create_method
 from vitlab.methods.base import Moment
 from vitlab.methods.crops import nearest_size
 from vitlab.methods.dino import DINO, DINOConfig
+from vitlab.methods.heads import DINOHead
 from vitlab.models import Backbone, create_model
 from vitlab.models.parts.norm import BatchNorm2d
 
@@ -418,3 +419,30 @@ def test_models_that_cannot_serve_are_refused() -> None:
     with pytest.raises(UserError, match=r"local_size: given 16; .* made for 32 .* give .*local_size=32"):
         method(fixed, local_size=16)
     assert method(fixed).local_size == 32
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_the_head_with_batch_normalisation_is_lightlys() -> None:
+    """Theirs has no biases before the norms, which take them out anyway."""
+    torch.manual_seed(0)
+    ours = DINOHead((8, 12, 6, 10), 3, norm_last_layer=True, batch_norm=True).double()
+    theirs = DINOProjectionHead(8, 12, 6, 10, batch_norm=True, norm_last_layer=True).double()
+    state = {name.replace("mlp.", "layers."): value for name, value in ours.state_dict().items()}
+    report = theirs.load_state_dict(theirs_of(ours) | state, strict=False)
+    assert not report.missing_keys
+    spare = ("layers.0.bias", "layers.3.bias", "last_layer.weight_g", "last_layer.weight_v")
+    assert set(report.unexpected_keys) <= set(spare)
+    x, weight = torch.randn(7, 8, dtype=torch.float64), torch.randn(7, 10, dtype=torch.float64)
+    found, expected = ours(x), theirs(x)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+    (found * weight).sum().backward()
+    (expected * weight).sum().backward()
+    grads = {name.replace("layers.", "mlp."): p.grad for name, p in theirs.named_parameters()}
+    shared = {name: p.grad for name, p in ours.named_parameters() if name in grads and p.grad is not None}
+    assert len(shared) >= 7
+    assert worst(shared, {name: grads[name] for name in shared}) < EXACT[torch.float64]
+
+
+def test_a_head_with_batch_normalisation_takes_batches_whole() -> None:
+    assert not DINO.whole_batch(DINOConfig())
+    assert DINO.whole_batch(DINOConfig(head_batch_norm=True))
