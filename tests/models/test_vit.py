@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from parity import EXACT, compare, images, redraw
@@ -333,6 +335,45 @@ def test_another_resolution_is_a_model_with_interpolated_positions(size: tuple[i
     assert torch.equal(other.resized("pos_embed", state["pos_embed"]), fine)
     assert other.resized("pos_embed", state["pos_embed"][:, :-1]) is None
     assert other.resized("cls_token", state["cls_token"]) is None
+
+
+@pytest.mark.parametrize("size", [(12, 12), (24, 24), (8, 28), (20, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_positions_are_stretched_as_in_dino_s_code(size: tuple[int, int], dtype: torch.dtype) -> None:
+    """Patch i of n lies at (i + ½) · old / (n + 0.1) - ½ of the old grid; cubic convolution with a = -¾."""
+    model = small(resample="dino").to(dtype)
+    redraw(model)
+    plain = small(resample="plain").to(dtype)
+    plain.load_state_dict(model.state_dict())
+    table = model.state_dict()["pos_embed"]
+
+    def weights(new: int, old: int = 4) -> Tensor:
+        """new old: what each new place takes of the old ones, those beyond the edge being the edge's."""
+        found = torch.zeros(new, old, dtype=torch.float64)
+        for i in range(new):
+            place = (i + 0.5) * old / (new + 0.1) - 0.5
+            for j in range(math.floor(place) - 1, math.floor(place) + 3):
+                t, a = abs(place - j), -0.75
+                near = (a + 2) * t**3 - (a + 3) * t**2 + 1
+                far = a * (t**3 - 5 * t**2 + 8 * t - 4)
+                found[i, min(max(j, 0), old - 1)] += near if t <= 1 else far
+        return found
+
+    rows, columns = size[0] // 4, size[1] // 4
+    square = table[0, 1:].double().view(4, 4, -1)
+    wanted = torch.einsum("ya,xb,abd->yxd", weights(rows), weights(columns), square).flatten(0, 1)
+    other = create_model("vit_tiny", num_classes=7, image_size=size, **SMALL, resample="dino").to(dtype)
+    fine = other.resized("pos_embed", table)
+    near = {"rtol": 0, "atol": 1e-5 if dtype == torch.float32 else 1e-12}
+    torch.testing.assert_close(fine[0, 1:].double(), wanted, **near)
+    assert torch.equal(fine[:, :1], table[:, :1])
+
+    x = images(2, 28, dtype)[..., : size[0], : size[1]]
+    other.load_state_dict({**model.state_dict(), "pos_embed": fine})
+    torch.testing.assert_close(model.eval()(x), other.eval()(x), **near)
+    assert (model(x) - plain.eval()(x)).abs().max() > 1e-6
+    own = images(2, 16, dtype)
+    assert torch.equal(model(own), plain(own))
 
 
 def test_positions_of_its_own_size_are_not_touched() -> None:

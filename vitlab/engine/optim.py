@@ -2,8 +2,9 @@
 
 The schedule and the layer-wise decay are those of MAE's and BEiT's fine-tuning code: a linear warm-up
 from zero, then half a cosine, both evaluated at every step on the fraction of an epoch that is done;
-the rate of layer l of L is lr · layer_decay^(L - l). Weight decay may go from one value to another by
-half a cosine over the whole training, as in DINO's code.
+the rate of layer l of L is lr · layer_decay^(L - l). The warm-up of DINO's and BEiT's pre-training code is at
+the full rate one step sooner, at its last step; their cosine is this one. Weight decay may go from one value
+to another by half a cosine over the whole training, as in DINO's code.
 """
 
 from __future__ import annotations

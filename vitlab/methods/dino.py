@@ -17,8 +17,9 @@ evenly over all dimensions, then `teacher_entropy` is log K, or always the same 
 `kl` is the loss without the teacher's entropy.
 
 Departures: the centre is that of the global batch, in one collective a step, so that neither accumulation nor
-padding changes it; positions of local views are resampled without the authors' tenth of a patch
-(models/vit.py); gradients are clipped together (`optim.clip`), theirs tensor by tensor.
+padding changes it; positions of local views are resampled without the authors' tenth of a patch, unless the
+model has `resample: dino`; gradients are clipped together (`optim.clip`), a waiting last layer's too, theirs
+tensor by tensor; their rate's warm-up ends a step sooner (engine/optim.py).
 
 Letters: B samples, V views, Q = 2 global views, K dimensions of the output, t teacher's, s student's output.
 """

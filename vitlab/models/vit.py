@@ -11,7 +11,8 @@ Departures and choices:
   `sum`; `concat` has one head instead, over both tokens side by side. In training, too; a method that needs
   the two asks for `heads` by name.
 - an image of another size than the model was made for gets its positions by bicubic interpolation, as DeiT
-  and MAE bring them to another resolution; DINO's code adds a tenth of a patch to the new sides first, which
+  and MAE bring them to another resolution (`resample: plain`); DINO's code stretches them over sides of a
+  tenth of a patch more, which `resample: dino` does, here as when weights of another grid are loaded. It
   moved logits by 1e-4 to 2e-3 of the largest (random weights, 4×4 patches to 12×12 and 3×3).
 - where only the class token is read, the last block computes no other.
 - initialisation `deit`: truncated normal, σ = 0.02, for dense layers, tokens and positions, zero biases,
@@ -56,6 +57,7 @@ Name = Literal[
     "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge", "deit_tiny", "deit_small", "deit_base"
 ]
 TOKENS = ("cls_token", "dist_token", "pos_embed", "mask_token")
+MORE = {"plain": 0.0, "dino": 0.1}  # patches by which positions are stretched too far
 
 
 class ViTConfig(BackboneConfig):
@@ -72,6 +74,7 @@ class ViTConfig(BackboneConfig):
     init_values: float | None = None  # LayerScale's start; null: no LayerScale
     pool: Literal["token", "mean"] = "token"
     positions: Literal["learned", "sincos", "none"] = "learned"
+    resample: Literal["plain", "dino"] = "plain"  # how positions are brought to images of another size
     relative: Literal["none", "shared", "block"] = "none"  # tables of distances that attention adds
     key_bias: bool = True  # keys have a bias, which no softmax sees
     init: Literal["deit", "mae", "beit"] = "deit"
@@ -212,7 +215,7 @@ class ViT(Backbone):
         prefix = torch.cat(tokens, dim=1)
         if self.pos_embed is None:
             return torch.cat([prefix.expand(images.shape[0], -1, -1), patches], dim=1)
-        places = resample(self.pos_embed[:, self.prefix :], self.grid, grid)
+        places = self._places(self.pos_embed, self.grid, grid)
         if keep is not None:
             places = pick(places.expand(images.shape[0], -1, -1), keep)
         prefix = prefix + self.pos_embed[:, : self.prefix]
@@ -258,8 +261,12 @@ class ViT(Backbone):
         side = math.isqrt(max(0, value.shape[1] - self.prefix)) if value.ndim == 3 else 0
         if name != "pos_embed" or side == 0 or side**2 + self.prefix != value.shape[1]:
             return None
-        patches = resample(value[:, self.prefix :], (side, side), self.grid)
+        patches = self._places(value, (side, side), self.grid)
         return torch.cat([value[:, : self.prefix], patches], dim=1)
+
+    def _places(self, positions: Tensor, old: Size, new: Size) -> Tensor:
+        """1 (P + N) D of one grid → 1 N D of another, without the prefix."""
+        return resample(positions[:, self.prefix :], old, new, more=MORE[self.config.resample])
 
     def adapted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A table that all blocks shared becomes that of every block."""

@@ -74,12 +74,22 @@ def sincos(dim: int, grid: tuple[int, int], prefix: int) -> Tensor:
     return torch.cat([waves.new_zeros(prefix, dim), waves])[None].float()
 
 
-def resample(table: Tensor, old: tuple[int, int], new: tuple[int, int], mode: str = "bicubic") -> Tensor:
-    """Positions of one grid (1 N D, row by row) for another: bicubic as in the code of DeiT and MAE."""
+def resample(
+    table: Tensor, old: tuple[int, int], new: tuple[int, int], mode: str = "bicubic", more: float = 0.0
+) -> Tensor:
+    """Positions of one grid (1 N D, row by row) for another: bicubic as in the code of DeiT and MAE.
+
+    With `more` the old grid is stretched over sides of that much more than the new one's, as in DINO's.
+    """
     if old == new:
         return table
     image = table.reshape(len(table), *old, -1).movedim(3, 1)
-    fine = F.interpolate(image.to(torch.promote_types(table.dtype, torch.float32)), new, mode=mode)
+    image = image.to(torch.promote_types(table.dtype, torch.float32))
+    if more:
+        times = [(side + more) / before for side, before in zip(new, old, strict=True)]
+        fine = F.interpolate(image, scale_factor=times, mode=mode, recompute_scale_factor=False)
+    else:
+        fine = F.interpolate(image, new, mode=mode)
     return fine.to(table.dtype).movedim(1, 3).flatten(1, 2)
 
 
