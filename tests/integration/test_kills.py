@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 from conftest import ROOT, TINY, Ended, Lab
 
@@ -121,3 +122,51 @@ def test_a_stage_that_fails_on_its_workers_leaves_the_next_alone(lab: Lab) -> No
 def test_more_than_the_cluster_has_is_refused(lab: Lab) -> None:
     ended = lab.chain("cluster.cpus_per_worker=8", code=2)
     assert "vitlab: cluster.workers: given 2 of 8 CPUs each; the cluster has 4" in ended.text
+
+
+DINO = """
+from pathlib import Path
+import vitlab
+
+METHOD = "{name: dino, local_crops: 1, out_dim: 64, hidden_dim: 48, bottleneck_dim: 16, momentum: 0.9}"
+SIZES = "{name: vit_tiny, patch_size: 4, in_chans: 1, embed_dim: 64, depth: 1, num_heads: 2}"  # some shards
+SETTINGS = ["cluster.zero=3", f"pretrain.method={METHOD}", f"pretrain.model={SIZES}", "pretrain.epochs=2"]
+LOOP = ["pretrain.augment.name=dino", "pretrain.batch_size=64", "pretrain.checkpoint_every=10"]
+LOOP += ["pretrain.optim.weight_decay_end=0.4"]
+
+def main():
+    exp = vitlab.read(Path("tests/integration/tiny.yaml"), SETTINGS + LOOP)
+    with vitlab.Run(exp, "notebook") as run:
+        run.pretrain(exp.need("pretrain"), data=run.shards(exp.data))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_a_worker_is_killed_that_holds_half_of_a_teacher(make_lab: Callable[..., Lab]) -> None:
+    """Teacher, centre and schedules go on from the shards of the checkpoint: the same weights to the bit."""
+    killed, whole = make_lab(), make_lab()
+    process = start_dino(killed)
+    killed.wait_for_step(10, process)
+    (log,) = killed.home.glob("logs/*/worker-1.log")
+    pid = re.search(r"pid (\d+)", log.read_text())
+    assert pid
+    os.kill(int(pid[1]), signal.SIGKILL)
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, text
+    assert "a worker was lost" in text
+    process = start_dino(whole)
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, text
+    assert killed.digests() == whole.digests()
+    for name in ("train/loss", "train/teacher_entropy", "train/spread"):  # the last two are of the centre
+        ours, theirs = (lab.curve(lab.runs("pretrain")[0], name) for lab in (killed, whole))
+        assert ours == theirs
+
+
+def start_dino(lab: Lab) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", DINO]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=lab.env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
