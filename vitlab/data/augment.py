@@ -10,7 +10,8 @@ Order, as in DINO's, MSN's and timm's code: crop, shift, flip, turn, RandAugment
 erasing. Geometry is torchvision's (`transforms.v2.functional`) on uint8 tensors C H W; colours are Pillow's,
 as in those codes.
 
-Departures: a crop is drawn once and cut to the image, where torchvision draws up to ten times until one fits.
+Departures: a crop is drawn once and cut to the image, where torchvision draws up to ten times until one fits;
+so is an erased rectangle, for which timm does.
 The spread of a blur is in pixels of images of 224: it shrinks with the side of the largest view, and views of
 one image keep the same. An erased rectangle is normal noise with ImageNet's mean and spread, before
 normalisation; timm's is standard normal after it, which is the same up to rounding for data normalised with

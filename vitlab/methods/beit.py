@@ -7,10 +7,11 @@ which images count by the number they have; one linear layer behind the last nor
 
   L = - Σ_{i hidden} log p(z_i | x masked) / number of hidden
 
-Departures: `mask_ratio` is the paper's 0.4, of which the code makes 75 of 196 patches (0.383 here); smaller
-grids have smaller least blocks; in validation, which has one plain view, the tokenizer's image is that view
-made smaller. Weight decay spares the class token and absolute positions only, as theirs. Their model has
-`relative: shared`, `positions: none`, `init_values: 0.1`, `key_bias: false`, `init: beit` and a mask token.
+Departures: `mask_ratio` is the paper's 0.4, of which the code makes 75 of 196 patches (0.383 here); the mean
+is that of the global batch, theirs one of the workers' means; smaller grids have smaller least blocks; in
+validation, which has one plain view, the tokenizer's image is that view made smaller. Weight decay spares the
+class token and absolute positions only, as theirs. Their model has `relative: shared`, `positions: none`,
+`init_values: 0.1`, `key_bias: false`, `init: beit` and a mask token.
 
 Letters: B samples, N patches, M most hidden patches of an image, D width, V words.
 """

@@ -22,8 +22,9 @@ Departures and choices:
 - the ViT paper has one more dense layer before the head in pre-training; it is left out, as in timm.
 - `relative: shared` and `block` are BEiT's tables (Bao et al. 2021, 2106.08254), one for all blocks in
   pre-training, one a block in fine-tuning, where each starts as the shared one; `key_bias: false` as there.
-  `init: beit` is that of its code: truncated normal of σ = 0.02 cut at ±σ for everything that is not a norm,
-  the last layer of every branch of block i divided by √(2i), a head's weights by another 1000.
+  `init: beit` is that of its pre-training code: truncated normal of σ = 0.02 cut at ±σ for everything that
+  is not a norm, the last layer of every branch of block i divided by √(2i), a head's weights by another 1000
+  (its fine-tuning code does not cut: its head begins at 2e-5, this one at 1.1e-5).
 - fixed positions are a buffer that is saved, so weights move between `learned` and `sincos` both ways.
 
 Letters: B samples, N patches, K kept patches, P prefix tokens, T = P + N, D width, H heads.
