@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from world import Notes
+from world import apart, divided, fitted, serve
 
 from vitlab.batch import Batch
-from vitlab.dist import World, world_of_group
+from vitlab.dist import World
 from vitlab.engine import zero
-from vitlab.engine.loop import LoopConfig, Plan, make_strategy, train
+from vitlab.engine.loop import LoopConfig
 from vitlab.methods import Distill, DistillConfig
 from vitlab.methods.hints import Hint
 from vitlab.models import create_model
 
 STEPS, SIDE = 6, 16
-RANKS = ("RANK", "LOCAL_RANK")
+NAMES = ("train/loss", "train/hint")
 PAIRS = [Hint(student=1, teacher=2), Hint(student=-1, teacher=1)]
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {"zero": None},
@@ -30,8 +25,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "zero 1": {"zero": 1},
     "zero 3": {"zero": 3},
     "zero 3, accumulated, recomputed": {"zero": 3, "accumulate": 2, "recompute": True},
-    "cut": {"zero": 3, "stop": 5, "kept": True},
-    "resumed": {"zero": 3, "kept": True},
+    "resumed": {"zero": 3},
 }
 
 
@@ -55,55 +49,24 @@ def batches(config: LoopConfig, world: World, start: int, stop: int) -> Any:
         ]
 
 
-def run(world: World, folder: Path, **way: Any) -> dict[str, Any]:
-    stage, stop, kept = way.pop("zero"), way.pop("stop", STEPS), way.pop("kept", False)
-    base = {"epochs": 1, "batch_size": 12, "log_every": 1, "checkpoint_every": 3, "optim": {"lr": 1e-3}}
-    config = LoopConfig.model_validate(base | way)
-    strategy, notes = make_strategy(made := method(), config, stage, world), Notes()
-    plan = Plan(config, STEPS, lambda start: batches(config, world, start, stop), notes)
-    plan.checkpoints = folder / "kept" if kept else None
-    try:
-        train(made, strategy, plan, world)
-    except StopIteration:
-        assert stop < STEPS
-    state = strategy.state(made)
-    strategy.close()
-    return {"curve": [(v["train/loss"], v["train/hint"]) for _, v in notes.points], "state": state}
-
-
-def launch(workers: int, ways: list[str], folder: Path) -> dict[str, Any]:
-    command = [sys.executable, "-W", "ignore", __file__]
-    children = [
-        subprocess.Popen(
-            [*command, str(rank), str(workers), str(folder), json.dumps(ways)],
-            env=os.environ
-            | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(workers)}
-            | dict.fromkeys(RANKS, str(rank)),
-        )
-        for rank in range(workers)
-    ]
-    assert [child.wait(timeout=280) for child in children] == [0] * workers
-    found: dict[str, Any] = torch.load(folder / f"{workers}.pt", weights_only=True)
-    return found
+def run(job: dict[str, Any], world: World) -> dict[str, Any]:
+    return fitted(method(), {"batch_size": 12, "optim": {"lr": 1e-3}}, STEPS, batches, world, **job)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("hints")
-    one = [way for way in WAYS if WAYS[way]["zero"] is None]
-    return launch(1, one, folder) | launch(2, [way for way in WAYS if way not in one], folder)
-
-
-def apart(a: Any, b: Any) -> float:
-    pairs = zip(a["curve"], b["curve"], strict=True)
-    return max(abs(x - y) for one, other in pairs for x, y in zip(one, other, strict=True))
+    jobs = {way: dict(how) for way, how in WAYS.items()}
+    for way in ("zero 3", "resumed"):  # the second takes up the checkpoint of the first
+        jobs[way]["kept"] = str(folder / "kept")
+    return divided(__file__, run, jobs, folder)
 
 
 @pytest.mark.parametrize("way", ["plain, accumulated", "zero 1", "zero 3", "zero 3, accumulated, recomputed"])
 def test_the_same_curve_in_every_way(runs: dict[str, Any], way: str) -> None:
-    assert apart(runs[way], runs["plain"]) < 1e-4
-    states = runs[way]["state"], runs["plain"]["state"]
-    assert max(float((states[0][n] - t).abs().max()) for n, t in states[1].items()) < 2e-3
+    curve, weights = apart(runs[way], runs["plain"], NAMES)
+    assert curve < 1e-4
+    assert weights < 2e-3
 
 
 def test_projections_learn_and_the_teacher_does_not(runs: dict[str, Any]) -> None:
@@ -117,19 +80,10 @@ def test_projections_learn_and_the_teacher_does_not(runs: dict[str, Any]) -> Non
 
 def test_resumed_to_the_bit(runs: dict[str, Any]) -> None:
     resumed, whole = runs["resumed"], runs["zero 3"]
-    assert resumed["curve"] == whole["curve"][-3:]
-    assert all(torch.equal(resumed["state"][n], t) for n, t in whole["state"].items())
+    assert len(resumed["points"]) == STEPS // 2
+    assert apart(resumed, whole, NAMES) == (0, 0)
 
 
 if __name__ == "__main__":
-    rank, workers, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    world = World()
-    if workers > 1:
-        store = f"file://{folder}/store"
-        torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=workers)
-        world = world_of_group()
     zero.STAYS = 100  # so that matrices of this small model are really given away
-    found = {way: run(world, folder, **WAYS[way]) for way in json.loads(sys.argv[4])}
-    if world.first:
-        torch.save(found, folder / f"{workers}.pt")
-    world.barrier()
+    serve(run)

@@ -3,22 +3,18 @@ and resumed it is what one process of plain PyTorch trains."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from pydantic import TypeAdapter
-from world import Notes
+from world import apart, divided, fitted, serve
 
 from vitlab.batch import Batch
-from vitlab.dist import World, world_of_group
+from vitlab.dist import World
 from vitlab.engine import zero
-from vitlab.engine.loop import LoopConfig, Plan, make_strategy, train
+from vitlab.engine.loop import LoopConfig
 from vitlab.methods import Method, MethodConfig, create_method
 from vitlab.models import create_model
 
@@ -40,8 +36,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "plain, accumulated": {"zero": None, "accumulate": 3},
     "zero 3": {"zero": 3},
     "zero 3, recomputed": {"zero": 3, "recompute": True, "accumulate": 2},
-    "cut": {"zero": 3, "stop": 3, "kept": True},
-    "resumed": {"zero": 3, "kept": True},
+    "resumed": {"zero": 3},
 }
 
 
@@ -57,7 +52,7 @@ def method(case: str) -> Method:
     return create_method(TypeAdapter(MethodConfig).validate_python({"name": name}), made, tokenizer=tokenizer)
 
 
-def batches(config: LoopConfig, views: Any, world: World, start: int, stop: int) -> Any:
+def batches(views: Any, config: LoopConfig, world: World, start: int, stop: int) -> Any:
     for step in range(start, stop):
         generator = torch.Generator().manual_seed(step)
         images = torch.randn(config.batch_size, 3, SIDE, SIDE, generator=generator)
@@ -71,56 +66,27 @@ def batches(config: LoopConfig, views: Any, world: World, start: int, stop: int)
         ]
 
 
-def run(case: str, world: World, folder: Path, **way: Any) -> dict[str, Any]:
-    stage, stop, kept = way.pop("zero"), way.pop("stop", STEPS), way.pop("kept", False)
-    base = {"epochs": 1, "batch_size": 12, "log_every": 1, "checkpoint_every": 2, "optim": {"lr": 1e-3}}
-    config, made = LoopConfig.model_validate(base | way), method(case)
-    views = made.views()
-    strategy, notes = make_strategy(made, config, stage, world), Notes()
-    plan = Plan(config, STEPS, lambda start: batches(config, views, world, start, stop), notes)
-    plan.checkpoints = folder / case if kept else None
-    try:
-        train(made, strategy, plan, world)
-    except StopIteration:
-        assert stop < STEPS
-    state = strategy.state(made)
-    strategy.close()
-    return {"curve": [values["train/loss"] for _, values in notes.points], "state": state}
-
-
-def launch(workers: int, jobs: list[list[str]], folder: Path) -> dict[str, Any]:
-    command = [sys.executable, "-W", "ignore", __file__, str(workers), str(folder), json.dumps(jobs)]
-    more = {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(workers)}
-    children = [
-        subprocess.Popen(command, env=os.environ | more | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(workers)
-    ]
-    assert [child.wait(timeout=280) for child in children] == [0] * workers
-    found: dict[str, Any] = torch.load(folder / f"{workers}.pt", weights_only=True)
-    return found
+def run(job: dict[str, Any], world: World) -> dict[str, Any]:
+    made = method(job.pop("case"))
+    config = {"batch_size": 12, "optim": {"lr": 1e-3}}
+    return fitted(made, config, STEPS, partial(batches, made.views()), world, **job)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("masked")
-    one = [[case, way] for case in CASES for way in WAYS if WAYS[way]["zero"] is None]
-    two = [[case, way] for case in CASES for way in WAYS if WAYS[way]["zero"] is not None]
-    return launch(1, one, folder) | launch(2, two, folder)
-
-
-def apart(a: Any, b: Any) -> tuple[float, float]:
-    """Curves, from where both have them, and weights."""
-    assert a["state"].keys() == b["state"].keys()
-    weights = max(float((a["state"][n].double() - t.double()).abs().max()) for n, t in b["state"].items())
-    shared = min(len(a["curve"]), len(b["curve"]))
-    return max(abs(x - y) for x, y in zip(a["curve"][-shared:], b["curve"][-shared:], strict=True)), weights
+    jobs = {f"{case}/{way}": how | {"case": case} for case in CASES for way, how in WAYS.items()}
+    for case in CASES:  # the second takes up the checkpoint of the first
+        for way in ("zero 3", "resumed"):
+            jobs[f"{case}/{way}"]["kept"] = str(folder / case)
+    return divided(__file__, run, jobs, folder)
 
 
 @pytest.mark.parametrize("way", ["plain, accumulated", "zero 3", "zero 3, recomputed"])
 @pytest.mark.parametrize("case", CASES)
 def test_the_same_on_any_workers(runs: dict[str, Any], case: str, way: str) -> None:
     plain, other = runs[f"{case}/plain"], runs[f"{case}/{way}"]
-    assert len(plain["curve"]) == len(other["curve"]) == STEPS
+    assert len(plain["points"]) == len(other["points"]) == STEPS
     curve, weights = apart(plain, other)
     print(case, way, f"curve {curve:.1e}, weights {weights:.1e}")  # noqa: T201  (pytest shows it with -s)
     assert curve < 1e-5
@@ -129,18 +95,10 @@ def test_the_same_on_any_workers(runs: dict[str, Any], case: str, way: str) -> N
 
 @pytest.mark.parametrize("case", CASES)
 def test_resumed_to_the_bit(runs: dict[str, Any], case: str) -> None:
+    assert len(runs[f"{case}/resumed"]["points"]) == STEPS // 2
     assert apart(runs[f"{case}/zero 3"], runs[f"{case}/resumed"]) == (0, 0)
 
 
 if __name__ == "__main__":
-    workers, folder, world = int(sys.argv[1]), Path(sys.argv[2]), World()
-    if workers > 1:
-        store, rank = f"file://{folder}/store", int(os.environ["RANK"])
-        torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=workers)
-        world = world_of_group()
     zero.STAYS = 100  # so that matrices of these small models are really given away
-    jobs = json.loads(sys.argv[3])
-    found = {f"{case}/{way}": run(case, world, folder, **WAYS[way]) for case, way in jobs}
-    if world.first:
-        torch.save(found, folder / f"{workers}.pt")
-    world.barrier()
+    serve(run)

@@ -180,6 +180,14 @@ TEACHING: dict[str, dict[str, Any]] = {
         "temperature": 1.0,
         "head_batch_norm": False,
     },
+    "msn, normed": {
+        "name": "msn",
+        "focal_crops": 2,
+        "prototypes": 24,
+        "hidden_dim": 40,
+        "output_dim": 24,
+        "momentum": 0.9,
+    },
 }
 METHODS: dict[str, Callable[[], Method]] = {
     "toy": Toy,
@@ -214,38 +222,85 @@ def run(spec: dict[str, Any], world: World) -> dict[str, Any] | None:
 
 def launch(workers: int, specs: dict[str, dict[str, Any]], folder: Path) -> dict[str, Any]:
     """Runs every spec, one after the other, on that many processes; returns what rank 0 has, by name."""
-    store, out = folder / f"{uuid.uuid4().hex}.store", folder / f"{uuid.uuid4().hex}.pt"
-    command = [sys.executable, "-W", "ignore", __file__]
+    if workers == 1 and all(spec["zero"] is None for spec in specs.values()):
+        return {name: run(spec, World()) for name, spec in specs.items()}  # starting a process takes seconds
+    return spawn(__file__, workers, specs, folder)
+
+
+def divided(
+    program: str, work: Callable[[Any, World], Any], jobs: dict[str, Any], folder: Path
+) -> dict[str, Any]:
+    """Jobs without `zero` in this process, the others by `spawn` on two."""
+    plain = {name: work(dict(job), World()) for name, job in jobs.items() if job["zero"] is None}
+    return plain | spawn(program, 2, {name: job for name, job in jobs.items() if name not in plain}, folder)
+
+
+def spawn(program: str, workers: int, jobs: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Runs a file that ends in `serve` as so many processes; what rank 0 has, by the jobs' names."""
+    out = folder / f"{uuid.uuid4().hex}.pt"
+    command = [sys.executable, "-W", "ignore", program, str(out), json.dumps(jobs)]
+    settings = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(workers)}
     children = [
         subprocess.Popen(
-            [*command, str(rank), str(workers), str(store), str(out), json.dumps(specs)],
+            command,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env=settings | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(workers)
     ]
-    outputs = [child.communicate(timeout=300)[0] for child in children]
+    outputs = [child.communicate(timeout=400)[0] for child in children]
     for child, output in zip(children, outputs, strict=True):
         assert child.returncode == 0, output[-4000:]
     found: dict[str, Any] = torch.load(out, weights_only=True)
     return found
 
 
-if __name__ == "__main__":
-    rank, workers, store, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
-    specs = json.loads(sys.argv[5])
-    world = World()
-    if any(spec["zero"] is not None for spec in specs.values()):
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(workers), LOCAL_RANK=str(rank))
+def serve(work: Callable[[Any, World], Any]) -> None:
+    """One of the processes of `spawn`: every job in turn; a group only where it is needed."""
+    out, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
+    world, workers = World(), int(os.environ["WORLD_SIZE"])
+    if workers > 1 or any(job.get("zero") is not None for job in jobs.values()):
+        store = f"file://{out.with_suffix('.store')}"
         torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=workers
+            "gloo", init_method=store, rank=int(os.environ["RANK"]), world_size=workers
         )
         world = world_of_group()
-    results = {name: run(spec, world) for name, spec in specs.items()}
+    results = {name: work(job, world) for name, job in jobs.items()}
     if world.first:
         torch.save(results, out)
     world.barrier()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def fitted(
+    method: Method, config: dict[str, Any], steps: int, parts: Callable[..., Any], world: World, **way: Any
+) -> dict[str, Any]:
+    """One epoch of a method in a way: `zero`, `kept` (a folder of checkpoints), and keys of the loop."""
+    stage, kept = way.pop("zero"), way.pop("kept", None)
+    loop = LoopConfig.model_validate(
+        {"epochs": 1, "log_every": 1, "checkpoint_every": steps // 2} | config | way
+    )
+    strategy, notes = make_strategy(method, loop, stage, world), Notes()
+    plan = Plan(loop, steps, lambda start: parts(loop, world, start, steps), notes)
+    plan.checkpoints = Path(kept) if kept else None
+    train(method, strategy, plan, world)
+    state = strategy.state(method)
+    strategy.close()
+    return {"points": notes.points, "state": state}
+
+
+def apart(a: Any, b: Any, names: tuple[str, ...] = ("train/loss",)) -> tuple[float, float]:
+    """Largest differences of two runs: of figures, over the last steps that both have, and of the state."""
+    assert a["state"].keys() == b["state"].keys()
+    state = max(float((a["state"][n].double() - t.double()).abs().max()) for n, t in b["state"].items())
+    ours, theirs = dict(a["points"]), dict(b["points"])
+    shared = ours.keys() & theirs.keys()
+    assert shared in (ours.keys(), theirs.keys())
+    return max(abs(ours[step][name] - theirs[step][name]) for step in shared for name in names), state
+
+
+if __name__ == "__main__":
+    serve(run)

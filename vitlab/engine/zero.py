@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vitlab.batch import Batch
+from vitlab.config import UserError
 from vitlab.dist import World
 from vitlab.engine.compiling import leave_hooks
 from vitlab.engine.optim import OptimConfig, adamw
@@ -33,6 +34,11 @@ from vitlab.engine.strategy import (
 from vitlab.methods.base import Average, Losses, Method
 
 STAYS = 10_000  # a parameter up to this size is never given away at stage 3
+# What is read of DeepSpeed's optimizers beyond its documents, by stage: a later version may rename it.
+_FLAT = ("single_partition_of_fp32_groups",)
+_SHARDS = ("fp16_partitioned_groups_flat", "fp32_partitioned_groups_flat", "sub_group_to_group_id")
+_GRADIENTS = ("grad_position", "grad_partitions_flat_buffer", "ipg_buckets")
+PRIVATE: dict[int, tuple[str, ...]] = {0: (), 1: _FLAT, 2: _FLAT, 3: _SHARDS + _GRADIENTS}
 
 
 class Zero:
@@ -43,10 +49,13 @@ class Zero:
         self.accumulate: int = options["accumulate"]
         settings = _settings(method, optim, stage, world, options)
         self.inner = adamw(method, optim)
-        self.running: list[nn.Module] = deepspeed.runtime.zero.parameter_offload.FWD_MODULE_STACK
+        offload = deepspeed.runtime.zero.parameter_offload
+        _known(deepspeed, offload, ("FWD_MODULE_STACK",))
+        self.running: list[nn.Module] = offload.FWD_MODULE_STACK
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=method, optimizer=self.inner, config=settings, dist_init_required=False
         )
+        _known(deepspeed, self.optimizer, PRIVATE[stage])
         self.forgets = stage == 3 and world.size > 1 and not options["compiles"]
         if stage == 3:
             self._share_masters()
@@ -77,10 +86,10 @@ class Zero:
         """
         address = saved.untyped_storage().data_ptr()
         for parameter in self.running[-1].parameters(recurse=False):
-            if parameter.untyped_storage().data_ptr() == address:
+            if address and parameter.untyped_storage().data_ptr() == address:
                 offset = saved.storage_offset() - parameter.storage_offset()
                 return parameter, saved.shape, saved.stride(), offset
-        return saved
+        return saved.detach()  # an output that its own graph holds would live until a gradient is taken
 
     def train(self, mode: bool) -> None:
         self.engine.train(mode)
@@ -231,6 +240,8 @@ class Zero:
 
     def close(self) -> None:
         self.engine.destroy()
+        if self.method in self.running:  # DeepSpeed would keep it, and its weights, to the process's end
+            self.running.remove(self.method)
 
 
 def _settings(
@@ -277,6 +288,15 @@ def _deepspeed(device: torch.device) -> Any:
     if device.type == "cpu":
         ops["deepspeed_shm_comm"] = False  # a private name; gloo serves instead, the build takes a minute
     return deepspeed
+
+
+def _known(deepspeed: Any, owner: Any, names: tuple[str, ...]) -> None:
+    missing = [name for name in names if not hasattr(owner, name)]
+    if missing:
+        raise UserError(
+            f"deepspeed: version {deepspeed.__version__} has no {', '.join(missing)}, which sharded training "
+            "and its checkpoints need; install deepspeed 0.18 or 0.19"
+        )
 
 
 def _unpack(saved: Any) -> Tensor:
