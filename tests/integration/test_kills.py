@@ -156,6 +156,9 @@ def test_a_worker_is_killed_that_holds_half_of_a_teacher(make_lab: Callable[...,
     text, _ = process.communicate(timeout=300)
     assert process.returncode == 0, text
     assert "a worker was lost" in text
+    again = re.search(r"goes on from step (\d+)/", text)
+    assert again, text
+    assert int(again[1]) >= 10
     process = start_dino(whole)
     text, _ = process.communicate(timeout=300)
     assert process.returncode == 0, text

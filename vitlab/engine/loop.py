@@ -122,6 +122,8 @@ def train(method: Method, strategy: Strategy, plan: Plan, world: World) -> dict[
     if found:
         meta = checkpoint.load(found, strategy)
         start, window.carried = meta["step"], meta["window"]
+        if world.first:
+            plan.recorder.say(f"goes on from step {start}/{plan.steps}")
     last: dict[str, float] = {}
     batches = plan.batches(start)
     clock = Clock(plan.config.batch_size)
