@@ -295,3 +295,35 @@ def test_attention_that_can_be_drawn_is_not_refused() -> None:
     swin = f"{{name: swin_tiny, in_chans: 1, {sizes}}}"
     read(TINY, ["evaluate.attention=4", f"finetune.model={swin}", "tune=null"])
     read(TINY, ["evaluate.attention=4"])
+
+
+VIT = "model: {name: vit_tiny, patch_size: 2, in_chans: 1, embed_dim: 32, depth: 1, num_heads: 2"
+LOOP = "epochs: 1, batch_size: 64"
+
+
+@pytest.mark.parametrize(
+    ("method", "model", "augment", "line"),
+    [
+        (
+            "dino",
+            "",
+            "crop_scale: [0.5, 1.0], views: {glbal: {blur: 1.0}}",
+            "pretrain.augment.views: given 'glbal'; dino has the views global/0, global/1, local/0",
+        ),
+        (
+            "mae",
+            "",
+            "views: {whole: {flip: true}}",
+            "pretrain.augment.views: given 'whole'; mae has the views image",
+        ),
+        (
+            "msn",
+            ", relative: shared",
+            "crop_scale: [0.5, 1.0]",
+            "pretrain.model.relative: given 'shared', whose tables are for all patches of an image; msn leaves",
+        ),
+    ],
+)
+def test_pretraining_that_cannot_be(method: str, model: str, augment: str, line: str) -> None:
+    section = f"{{method: {{name: {method}}}, {VIT}{model}}}, augment: {{{augment}}}, {LOOP}}}"
+    assert refused(f"pretrain={section}").startswith(line)

@@ -46,10 +46,10 @@ def pipeline(
         "overrides", nargs="*", metavar="key=value", help="changes to the file, as finetune.epochs=5"
     )
     given = parser.parse_intermixed_args(argv)
-    if "=" in given.experiment:
-        given.overrides.insert(0, given.experiment)
-        given.experiment = default
-    sys.exit(guarded(lambda: _start(main, given.experiment, given.overrides, needs, compares)))
+    words = [given.experiment, *given.overrides]  # the file may stand anywhere among the changes
+    file = next((word for word in words if "=" not in word), default)
+    changes = [word for word in words if word != file]
+    sys.exit(guarded(lambda: _start(main, file, changes, needs, compares)))
 
 
 def _start(
@@ -59,16 +59,18 @@ def _start(
     needs: Sequence[str],
     compares: bool,
 ) -> None:
+    from vitlab.compare import trials
     from vitlab.config import UserError
     from vitlab.experiment import read
 
     path = Path(file)
     experiment = read(path if path.exists() else HERE / file, overrides)
-    experiment.require(*needs)
     if experiment.compare is not None and not compares:
         raise UserError(
             "compare: this pipeline runs its chain once; loop over each(run) in it, or leave it out"
         )
+    for trial in trials(experiment):
+        trial.experiment.require(*needs)
     main(experiment)
 
 

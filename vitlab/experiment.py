@@ -161,6 +161,9 @@ def _augment_problems(key: str, stage: TrainConfig, streams: int, workers: int) 
             f"{key}.name: given {augment.name!r}; {stage.method.name} compares random views of an image; "
             f"allowed: dino, msn, or set {key}.crop_scale"
         )
+    names = method.view_names(stage.method)
+    for view in augment.unknown_views(names):
+        yield f"{key}.views: given {view!r}; {stage.method.name} has the views {', '.join(names)}"
     if not augment.mixes:
         return
     which = "mixup" if augment.mixup else "cutmix"

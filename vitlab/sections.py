@@ -41,7 +41,7 @@ class AdoptConfig(Config):
             raise ValueError("weights: given 'hub', which models of torchvision and timm have; give a file")
         if self.weights == "fresh" and (self.replace or self.part):
             key = "replace" if self.replace else "part"
-            raise ValueError(f"{key}: given {getattr(self, key)!r}; fresh weights have no parts; leave it out")
+            raise ValueError(f"{key}: given {getattr(self, key)!r}; fresh weights have none; leave it out")
         return self
 
 

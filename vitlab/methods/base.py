@@ -64,6 +64,7 @@ class Method(nn.Module):
     mixes: ClassVar[bool] = False  # its loss knows images mixed of two, with two labels
     one_view: ClassVar[bool] = True  # its loss can be taken on one plain view: there is a `val/loss`
 
+    image_size: int
     model: Backbone  # the one that is trained
     smooth: Backbone | None  # the moving average of what is exported, see `keep_average`
     smoothing: float = 0.0
@@ -84,6 +85,11 @@ class Method(nn.Module):
             yield f"{name}.model.name: given {model.name!r}; {config.name} cannot train it, allowed: {names}"
 
     @classmethod
+    def view_names(cls, config: Any) -> list[str]:
+        """What its views are called, which `augment.views` may tell apart."""
+        return ["image"]
+
+    @classmethod
     def whole_batch(cls, config: Any) -> bool:
         """Whether the loss looks at a batch as a whole, so that micro-batches would change it."""
         return bool(getattr(config, "head_batch_norm", False))
@@ -92,7 +98,7 @@ class Method(nn.Module):
 
     def views(self) -> list[View]:
         """The augmented images it needs of every sample."""
-        raise NotImplementedError
+        return [View(name, self.image_size) for name in self.view_names(self.config)]
 
     def before_step(self, now: Moment) -> None:
         """Called before every step: temperatures, momentum."""

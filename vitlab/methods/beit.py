@@ -103,6 +103,10 @@ class BEiT(Method):
         self.tokenizer.eval()
         return self
 
+    @classmethod
+    def view_names(cls, config: BEiTConfig) -> list[str]:
+        return ["image", "tokens"]
+
     def views(self) -> list[View]:
         return [View("image", self.image_size), View("tokens", self.token_size, draws="image")]
 

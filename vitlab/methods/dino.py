@@ -120,9 +120,13 @@ class DINO(Method):
                 f"{name}.method.local_crops=0"
             )
 
+    @classmethod
+    def view_names(cls, config: DINOConfig) -> list[str]:
+        return [f"global/{i}" for i in range(GLOBAL)] + [f"local/{i}" for i in range(config.local_crops)]
+
     def views(self) -> list[View]:
-        whole = [View(f"global/{i}", self.image_size) for i in range(GLOBAL)]
-        return whole + [View(f"local/{i}", self.local_size) for i in range(self.config.local_crops)]
+        names = self.view_names(self.config)
+        return [View(n, self.image_size if n.startswith("global") else self.local_size) for n in names]
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from vitlab.batch import Batch, View
+from vitlab.batch import Batch
 from vitlab.config import Config, UserError
 from vitlab.methods.base import Losses, Method, full
 from vitlab.methods.hints import Hint, Hints, layers_of
@@ -84,9 +84,6 @@ class Distill(Method):
         super().train(mode)
         self.teacher.eval()
         return self
-
-    def views(self) -> list[View]:
-        return [View("image", self.image_size)]
 
     def weigh(self, batch: Batch) -> Tensor:
         return labelled(batch).sum()

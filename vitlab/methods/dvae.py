@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from vitlab.batch import Batch, View, uniform
+from vitlab.batch import Batch, uniform
 from vitlab.config import Config
 from vitlab.dist import summed
 from vitlab.methods.base import Losses, Method, Moment, full
@@ -70,9 +70,6 @@ class DVAETraining(Method):
         self.register_buffer("usage", torch.zeros(model.config.vocab))
         self.register_buffer("counted", torch.zeros(model.config.vocab), persistent=False)
         self.temperature, self.kl_weight, self.settled, self.told = config.temperature, 0.0, False, False
-
-    def views(self) -> list[View]:
-        return [View("image", self.image_size)]
 
     def before_step(self, now: Moment) -> None:
         c = self.config

@@ -23,7 +23,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from vitlab.batch import Batch, View, uniform
+from vitlab.batch import Batch, uniform
 from vitlab.config import Config, UserError
 from vitlab.methods.base import Losses, Method, full
 from vitlab.models import ViT, ViTConfig
@@ -107,9 +107,6 @@ class MAE(Method):
         self.decoder_pred = nn.Linear(dim, pixels)
         for part in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             init_linears(part, "mae")
-
-    def views(self) -> list[View]:
-        return [View("image", self.image_size)]
 
     def losses(self, batch: Batch) -> Losses:
         """For each sample the mean over its hidden patches."""

@@ -119,6 +119,9 @@ class MSN(Method):
         yield from super().problems(name, config, model, side)
         if not isinstance(model, ViTConfig):
             return
+        if model.relative != "none":
+            given = f"given {model.relative!r}, whose tables are for all patches of an image"
+            yield f"{name}.model.relative: {given}; msn leaves some of them out, allowed: none"
         patch = model.patch_size
         if config.focal_size is not None and config.focal_size % patch:
             near = max(1, round(config.focal_size / patch)) * patch
@@ -136,11 +139,14 @@ class MSN(Method):
 
     # ------------------------------------------------------------ what the loop asks
 
+    @classmethod
+    def view_names(cls, config: MSNConfig) -> list[str]:
+        return ["target", *_names("anchor", config.anchors), *_names("focal", config.focal_crops)]
+
     def views(self) -> list[View]:
         small = self.config.focal_size or focal_size(self.image_size, self.model.config.patch_size)
-        names = self._names("anchor", self.config.anchors), self._names("focal", self.config.focal_crops)
-        anchors = [View(name, self.image_size) for name in names[0]]
-        return [View("target", self.image_size), *anchors, *(View(name, small) for name in names[1])]
+        names = self.view_names(self.config)
+        return [View(n, small if n.startswith("focal") else self.image_size) for n in names]
 
     def before_step(self, now: Moment) -> None:
         self.progress, config = now.progress, self.config
@@ -214,16 +220,12 @@ class MSN(Method):
 
     def _embed(self, batch: Batch, kind: str, views: list[Tensor], masked: bool) -> Tensor:
         """Views of one size → V·B E."""
-        seeds = torch.cat([derived(batch.seeds, name) for name in self._names(kind, len(views))])
+        seeds = torch.cat([derived(batch.seeds, name) for name in _names(kind, len(views))])
         keep = None
         if masked:
             keep = uniform(seeds, "mask", self.patches).argsort(dim=1, stable=True)[:, : self.visible]
         embedded: Tensor = self.head(self.model(torch.cat(views), {"pooled"}, keep=keep, seeds=seeds).pooled)
         return embedded
-
-    @staticmethod
-    def _names(kind: str, count: int) -> list[str]:
-        return [f"{kind}/{i}" for i in range(count)]
 
     # ------------------------------------------------------------ trouble
 
@@ -274,3 +276,7 @@ def balanced(targets: Tensor, weight: Tensor) -> Tensor:
         targets = targets / shares.clamp(min=least)
         targets = targets / targets.sum(-1, keepdim=True)
     return targets
+
+
+def _names(kind: str, count: int) -> list[str]:
+    return [f"{kind}/{i}" for i in range(count)]

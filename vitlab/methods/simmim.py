@@ -23,7 +23,7 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from vitlab.batch import Batch, View, uniform
+from vitlab.batch import Batch, uniform
 from vitlab.config import Config, UserError
 from vitlab.methods.base import Losses, Method, full
 from vitlab.methods.mae import Picture
@@ -89,9 +89,6 @@ class SimMIM(Method):
                     f"{name}.method.mask_ratio: given {config.mask_ratio}, which leaves nothing of {units} "
                     f"units visible; allowed: {most}, or a smaller {name}.method.mask_patch"
                 )
-
-    def views(self) -> list[View]:
-        return [View("image", self.image_size)]
 
     def losses(self, batch: Batch) -> Losses:
         """For each sample the mean over its hidden pixels, all of the same number."""

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from vitlab.batch import Batch, View
+from vitlab.batch import Batch
 from vitlab.config import Config, UserError
 from vitlab.methods.base import Losses, Method, full
 from vitlab.models import Backbone
@@ -42,9 +42,6 @@ class Supervised(Method):
             raise UserError("supervised: the model has no head; build it with num_classes of 1 or more")
         self.config, self.model, self.image_size = config, model, image_size
         self.two_heads = "heads" in model.gives
-
-    def views(self) -> list[View]:
-        return [View("image", self.image_size)]
 
     def weigh(self, batch: Batch) -> Tensor:
         return labelled(batch).sum()
