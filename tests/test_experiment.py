@@ -320,10 +320,11 @@ LOOP = "epochs: 1, batch_size: 64"
             "msn",
             ", relative: shared",
             "crop_scale: [0.5, 1.0]",
-            "pretrain.model.relative: given 'shared', whose tables are for all patches of an image; msn leaves",
+            "pretrain.model.relative: given 'shared', whose tables are for all patches of an image; msn",
         ),
     ],
 )
 def test_pretraining_that_cannot_be(method: str, model: str, augment: str, line: str) -> None:
-    section = f"{{method: {{name: {method}}}, {VIT}{model}}}, augment: {{{augment}}}, {LOOP}}}"
+    method = f"method: {{name: {method}}}"
+    section = f"{{{method}, {VIT}{model}}}, augment: {{{augment}}}, {LOOP}}}"
     assert refused(f"pretrain={section}").startswith(line)
