@@ -14,12 +14,13 @@ import yaml
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
+from vitlab.compare import trials
 from vitlab.config import build, resolved
 from vitlab.data import AugmentConfig, RandAugmentConfig, ShardsConfig
 from vitlab.engine.launch import ClusterConfig
 from vitlab.engine.optim import OptimConfig
 from vitlab.evaluation import EvaluateConfig, ProbeConfig
-from vitlab.experiment import Experiment
+from vitlab.experiment import Experiment, read
 from vitlab.methods import (
     BEiTConfig,
     DINOConfig,
@@ -196,3 +197,18 @@ def test_flags_in_the_documents_are_there() -> None:
     )
     for flag in re.findall(r"`(--[\w-]+)", (ROOT / "docs" / "data.md").read_text("utf8")):
         assert flag in done.stdout, flag
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda p: p.stem)
+def test_an_experiment_has_what_its_command_needs(file: Path) -> None:
+    """The command of its header names a pipeline, whose sections are there."""
+    head = file.read_text("utf8").split("\nname:")[0]
+    found = re.search(r"# +command +(?:\S+ pipelines/(\w+)\.py|vitlab run (\w+)|make (demo))", head)
+    assert found, head
+    name = found[1] or found[2] or "mae_then_finetune"
+    text = (ROOT / "pipelines" / f"{name}.py").read_text("utf8")
+    needs = re.search(r"needs=\(([^)]*)\)", text)
+    experiment = read(file)
+    for trial in trials(experiment):
+        trial.experiment.require(*re.findall(r'"([^"]+)"', needs[1] if needs else ""))
+    assert experiment.compare is None or "compares=True" in text
