@@ -16,4 +16,4 @@ def main(exp: Experiment) -> None:
 
 
 if __name__ == "__main__":
-    pipeline(main, "experiments/fashion_features.yaml", compares=True)
+    pipeline(main, "experiments/fashion_features.yaml", needs=("pretrain or adopt",), compares=True)

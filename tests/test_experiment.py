@@ -44,6 +44,11 @@ def test_the_experiments_can_be(file: Path) -> None:
     ("override", "line"),
     [
         ("evaluate.split=test", 'evaluate.split: given "test"; allowed: held_out, val, train'),
+        (
+            "pretrain={model: {name: vit_tiny, patch_size: 2, in_chans: 1, mask_token: true}, "
+            "method: {name: beit}, epochs: 1, batch_size: 64}",
+            "pretrain.method.name: given 'beit', which needs a tokenizer; add the section tokenizer as in",
+        ),
         ("finetune.optim.betas=[0.9, 1.0]", "finetune.optim.betas[1]: given 1.0; must be less than 1"),
         ("finetune.optim.betas=[-0.1, 0.9]", "finetune.optim.betas[0]: given -0.1; must be greater than or"),
         (
@@ -328,3 +333,18 @@ def test_pretraining_that_cannot_be(method: str, model: str, augment: str, line:
     method = f"method: {{name: {method}}}"
     section = f"{{{method}, {VIT}{model}}}, augment: {{{augment}}}, {LOOP}}}"
     assert refused(f"pretrain={section}").startswith(line)
+
+
+def test_more_shots_than_a_class_has() -> None:
+    line = r"evaluate.shots: given 200 a class; 1254 training images of 10 classes have 125 .* 1 to 125"
+    with pytest.raises(UserError, match=line):
+        check_shards(read(TINY, ["evaluate.shots=[1, 200]"]), shards(), evaluates=True)
+    with pytest.raises(UserError, match=r"5 training images .* allowed: none, leave it out"):
+        check_shards(read(TINY, ["evaluate.shots=[1]", "evaluate.bank=5"]), shards(), evaluates=True)
+    check_shards(read(TINY, ["evaluate.shots=[1, 125]"]), shards(), evaluates=True)
+
+
+def test_one_of_two_sections() -> None:
+    with pytest.raises(UserError, match=r"^pretrain or adopt: missing; this pipeline needs the section"):
+        read(TINY, ["pretrain=null", "adopt=null"]).require("pretrain or adopt")
+    read(TINY, ["adopt=null"]).require("pretrain or adopt")

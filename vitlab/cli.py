@@ -36,14 +36,15 @@ def pipeline(
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
     name = Path(sys.argv[0]).name
+    section = next((need for need in needs if need in ("finetune", "pretrain")), "pretrain")
     parser = argparse.ArgumentParser(
         prog=f"python pipelines/{name}",
         description=(main.__doc__ or "").strip() or None,
-        epilog=f"example: python pipelines/{name} {default} finetune.optim.lr=5e-4 cluster.workers=4",
+        epilog=f"example: python pipelines/{name} {default} {section}.optim.lr=5e-4 cluster.workers=4",
     )
     parser.add_argument("experiment", nargs="?", default=default, help=f"a YAML file (default {default})")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="changes to the file, as finetune.epochs=5"
+        "overrides", nargs="*", metavar="key=value", help=f"changes to the file, as {section}.epochs=5"
     )
     given = parser.parse_intermixed_args(argv)
     words = [given.experiment, *given.overrides]  # the file may stand anywhere among the changes

@@ -64,9 +64,9 @@ class Experiment(Config):
         return section
 
     def require(self, *names: str) -> None:
-        """A pipeline says what it needs before anything starts."""
+        """A pipeline says what it needs before anything starts; `adopt or pretrain`: one of the two."""
         for name in names:
-            if getattr(self, name) is None:
+            if all(getattr(self, one) is None for one in name.split(" or ")):
                 raise UserError(f"{name}: missing; this pipeline needs the section, see experiments/ for one")
 
 
@@ -87,8 +87,21 @@ def _problems(experiment: Experiment) -> Iterator[str]:
             yield from _unseen(name, section.model, data.image_size)
     if experiment.adopt is not None:
         yield from _model_problems("adopt", experiment.adopt.model, data)
+    yield from _unguided(experiment)
     if experiment.tune is not None:
         yield from _tune_problems(experiment.tune, experiment)
+
+
+def _unguided(experiment: Experiment) -> Iterator[str]:
+    """A tokenizer is trained before, or it is brought."""
+    stage = experiment.pretrain
+    if stage is None or METHODS[stage.method.name].guide != "tokenizer":
+        return
+    if experiment.tokenizer is None and experiment.adopt is None:
+        yield (
+            f"pretrain.method.name: given {stage.method.name!r}, which needs a tokenizer; add the section "
+            "tokenizer as in experiments/digits_beit.yaml, or adopt with weights of one"
+        )
 
 
 def _unseen(name: str, model: ModelConfig, side: int) -> Iterator[str]:
@@ -269,6 +282,17 @@ def _shard_problems(experiment: Experiment, shards: Shards, evaluates: bool) -> 
                 yield f"tune.space: {problem}"
     if evaluates and not shards.count(split):
         yield f"evaluate.split: given {split!r}; the shards have: {have}"
+    if evaluates and experiment.evaluate.shots and shards.classes:
+        yield from _too_many_shots(experiment.evaluate, shards)
+
+
+def _too_many_shots(config: EvaluateConfig, shards: Shards) -> Iterator[str]:
+    """Beyond the mean class some class has fewer images than are asked of each."""
+    images, classes, asked = min(config.bank, shards.count("train")), len(shards.classes), max(config.shots)
+    if asked * classes > images:
+        given = f"evaluate.shots: given {asked} a class; {images} training images of {classes} classes"
+        most = images // classes
+        yield f"{given} have {most} on average, allowed: {f'1 to {most}' if most else 'none, leave it out'}"
 
 
 def _unfit(name: str, stage: TrainConfig, data: ShardsConfig, shards: Shards) -> Iterator[str]:

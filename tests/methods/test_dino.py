@@ -26,7 +26,7 @@ from vitlab.batch import Batch, derived
 from vitlab.config import UserError, build
 from vitlab.methods import create_method
 from vitlab.methods.base import Moment
-from vitlab.methods.crops import nearest_size
+from vitlab.methods.crops import small_size
 from vitlab.methods.dino import DINO, DINOConfig
 from vitlab.methods.heads import DINOHead
 from vitlab.models import Backbone, create_model
@@ -393,13 +393,14 @@ def test_local_views_have_the_nearest_size_that_can_be(
 ) -> None:
     with torch.device("meta"):
         config = create_model(name, num_classes=0, image_size=side, **sizes).config
-    assert nearest_size(config, side, side * 96 / 224) == expected
+    assert small_size(config, side) == expected
 
 
 @pytest.mark.parametrize(
     ("more", "line"),
     [
         ({"local_size": 7}, r"local_size: given 7; image_size 7 is not .*; give dino.method.local_size=8"),
+        ({"local_size": 64}, r"local_size: given 64; the images have data.image_size=.* give .*local_size="),
         ({"local_crops": -1}, "local_crops: given -1; must be at least 0"),
         ({"teacher_temp": 0.0}, "teacher_temp: given 0.0; must be greater than 0"),
         ({"momentum": 1.5}, "momentum: given 1.5; must be at least 0 and less equal 1|momentum: given 1.5"),

@@ -28,8 +28,9 @@ from vitlab.engine.optim import OptimConfig, set_rates
 from vitlab.engine.strategy import Plain
 from vitlab.methods import MSN, MSNConfig, create_method
 from vitlab.methods.base import Moment
-from vitlab.methods.msn import balanced, focal_size
-from vitlab.models import create_model
+from vitlab.methods.crops import small_size
+from vitlab.methods.msn import balanced
+from vitlab.models import ViTConfig, create_model
 
 MODEL = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4}
 SMALL = {"focal_crops": 2, "focal_size": 8, "prototypes": 12, "hidden_dim": 24, "output_dim": 10}
@@ -380,7 +381,8 @@ def test_views_and_sizes() -> None:
     names = [(v.name, v.size) for v in method(anchors=2).views()]
     assert names == [("target", 16), ("anchor/0", 16), ("anchor/1", 16), ("focal/0", 8), ("focal/1", 8)]
     sizes = {(224, 16): 96, (224, 14): 98, (28, 4): 12, (28, 7): 14, (32, 4): 12, (16, 16): 16, (64, 8): 24}
-    assert {sides: focal_size(*sides) for sides in sizes} == sizes
+    for (side, patch), size in sizes.items():
+        assert small_size(ViTConfig(name="vit_tiny", patch_size=patch), side) == size
     assert method(focal_size=None).views()[-1].size == 8
 
 
@@ -497,7 +499,8 @@ def test_collapse_is_told() -> None:
             {"mask_ratio": 0.95},
             "mask_ratio: given 0.95, which leaves no patch of 16 visible",
         ),
-        ({"focal_size": 10}, "focal_size: given 10; allowed: multiples of msn.model.patch_size=4, as 8"),
+        ({"focal_size": 10}, r"focal_size: given 10; image_size 10 is not .*; give msn.method.focal_size=12"),
+        ({"focal_size": 20}, r"focal_size: given 20; the images have data.image_size=16.*focal_size=16, or"),
         ({"temperature": 0.0}, "temperature"),
         ({"start_sharpen": 1.5}, "start_sharpen"),
     ],

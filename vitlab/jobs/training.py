@@ -119,7 +119,12 @@ def _method(job: TrainJob, shards: Shards) -> Method:
     model = from_config(config.model, num_classes=classes, image_size=job.place.data.image_size)
     model.normalised(*normalisation(job.place.data))
     if job.init is not None:
-        _start_from(model, job.init)
+        try:
+            _start_from(model, job.init)
+        except UserError as error:  # its last words are for people who name prefixes, which a stage does not
+            what = str(error).rpartition("; ")[0] or str(error)
+            way = "it starts from the model of the stage before: give both the same keys"
+            raise UserError(f"{job.stage}.model: {what}; {way}") from None
     guides = {"teacher": job.teacher, "tokenizer": job.tokenizer}
     method = create_method(
         config.method, model, **{name: load_model(path).model for name, path in guides.items() if path}

@@ -55,7 +55,8 @@ def create_method(config: Any, model: Backbone, **guides: nn.Module | None) -> M
         raise UserError(problem)
     given = {name: guide for name, guide in guides.items() if guide is not None}
     if made.guide and made.guide not in given:
-        raise UserError(f"{config.name}: needs a {made.guide}, none was given")
+        way = f"give the stage one, {made.guide}=…, as the pipelines for {config.name} do"
+        raise UserError(f"{config.name}: needs a {made.guide}, none was given; {way}")
     for name in given.keys() - {made.guide}:
         having = ", ".join(n for n, other in METHODS.items() if other.guide == name)
         raise UserError(f"{config.name}: has no use for a {name}; methods that have one: {having or 'none'}")

@@ -39,12 +39,11 @@ from vitlab.batch import Batch, View, derived
 from vitlab.config import Config, UserError
 from vitlab.dist import summed
 from vitlab.methods.base import TINY, Average, Losses, Method, Moment, frozen, full, watching
-from vitlab.methods.crops import nearest_size, refusal
+from vitlab.methods.crops import size_problems, small_size
 from vitlab.methods.heads import DINOHead, pooled_width
 from vitlab.models import Backbone
 
 GLOBAL = 2  # views that the teacher sees
-LOCAL_RATIO = 96 / 224  # the authors' sizes
 SETTLED = 0.2  # part of a training after which a collapse is called one: at the start all images look alike
 ALIKE = 0.01  # nats
 
@@ -96,7 +95,7 @@ class DINO(Method):
                 f"dino: trains a model without a head; given num_classes {model.num_classes}, allowed: 0"
             )
         self.config, self.model, self.image_size = config, model, image_size
-        self.local_size = _local_size(config, model.config, image_size)
+        self.local_size = config.local_size or small_size(model.config, image_size)
         dims = (pooled_width(model), config.hidden_dim, config.bottleneck_dim, config.out_dim)
         how = {"norm_last_layer": config.norm_last_layer, "batch_norm": config.head_batch_norm}
         self.head = DINOHead(dims, config.head_layers, **how)
@@ -110,15 +109,8 @@ class DINO(Method):
     @classmethod
     def problems(cls, name: str, config: DINOConfig, model: Any, side: int) -> Iterator[str]:
         yield from super().problems(name, config, model, side)
-        size = _local_size(config, model, side)
-        why = refusal(model, side, size) if config.local_crops else None
-        if why is not None:
-            given = "null" if config.local_size is None else config.local_size
-            near = nearest_size(model, side, size)
-            yield (
-                f"{name}.method.local_size: given {given}; {why}; give {name}.method.local_size={near}, or "
-                f"{name}.method.local_crops=0"
-            )
+        if config.local_crops:
+            yield from size_problems(name, "local", config.local_size, model, side)
 
     @classmethod
     def view_names(cls, config: DINOConfig) -> list[str]:
@@ -214,7 +206,3 @@ class DINO(Method):
     def export(self) -> Backbone:
         chosen: Backbone = self.teacher if self.config.export == "teacher" else self.model
         return chosen
-
-
-def _local_size(config: DINOConfig, model: Any, side: int) -> int:
-    return config.local_size or nearest_size(model, side, side * LOCAL_RATIO)

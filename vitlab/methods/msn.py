@@ -51,6 +51,8 @@ from vitlab.methods.base import (
     full,
     watching,
 )
+from vitlab.methods.crops import size_problems, small_size
+from vitlab.methods.heads import pooled_width
 from vitlab.models import ViT, ViTConfig
 from vitlab.models.parts.norm import BatchNorm1d
 from vitlab.models.vit import init_linears
@@ -108,8 +110,7 @@ class MSN(Method):
         self.config, self.model, self.image_size = config, model, image_size
         self.patches = math.prod(model.grid)
         self.visible = int(self.patches * (1 - config.mask_ratio))
-        pooled = model.config.embed_dim * (2 if model.config.combine == "concat" else 1)
-        self.head = projection(config, pooled)
+        self.head = projection(config, pooled_width(model))
         self.prototypes = Prototypes(config.prototypes, config.output_dim)
         self.teacher, self.teacher_head = frozen(model), frozen(self.head)
         self.momentum, self.sharpening, self.progress = config.momentum, config.start_sharpen, 0.0
@@ -122,12 +123,9 @@ class MSN(Method):
         if model.relative != "none":
             given = f"given {model.relative!r}, whose tables are for all patches of an image"
             yield f"{name}.model.relative: {given}; msn leaves some of them out, allowed: none"
-        patch = model.patch_size
-        if config.focal_size is not None and config.focal_size % patch:
-            near = max(1, round(config.focal_size / patch)) * patch
-            rule = f"multiples of {name}.model.patch_size={patch}, as {near}"
-            yield f"{name}.method.focal_size: given {config.focal_size}; allowed: {rule}"
-        patches = (side // patch) ** 2
+        if config.focal_crops:
+            yield from size_problems(name, "focal", config.focal_size, model, side)
+        patches = (side // model.patch_size) ** 2
         if patches and not int(patches * (1 - config.mask_ratio)):
             most = math.floor((1 - 1 / patches) * 1000) / 1000
             given = f"given {config.mask_ratio}, which leaves no patch of {patches} visible"
@@ -144,7 +142,7 @@ class MSN(Method):
         return ["target", *_names("anchor", config.anchors), *_names("focal", config.focal_crops)]
 
     def views(self) -> list[View]:
-        small = self.config.focal_size or focal_size(self.image_size, self.model.config.patch_size)
+        small = self.config.focal_size or small_size(self.model.config, self.image_size)
         names = self.view_names(self.config)
         return [View(n, small if n.startswith("focal") else self.image_size) for n in names]
 
@@ -257,11 +255,6 @@ def projection(config: MSNConfig, dim: int) -> nn.Module:
     head = nn.Sequential(OrderedDict(layers))
     init_linears(head, "deit")
     return head
-
-
-def focal_size(side: int, patch: int) -> int:
-    """The multiple of the patch nearest to 96 of 224 pixels."""
-    return max(1, round(side * 96 / 224 / patch)) * patch
 
 
 @torch.no_grad()
