@@ -71,7 +71,12 @@ def _start(
             "compare: this pipeline runs its chain once; loop over each(run) in it, or leave it out"
         )
     for trial in trials(experiment):
-        trial.experiment.require(*needs)
+        try:
+            trial.experiment.require(*needs)
+        except UserError as error:
+            raise UserError(
+                f"compare.variants: {trial.variant}: {error}" if trial.variant else str(error)
+            ) from None
     main(experiment)
 
 

@@ -27,7 +27,7 @@ def comparison_figure(points: Sequence[tuple[str, str, Sequence[float]]], title:
         named = [shortened(row) for row in reversed(rows)] if i == 0 else [""] * len(rows)
         axes.set_yticks(range(len(rows)), named, fontsize=8)
         axes.set_ylim(-0.6, len(rows) - 0.4)
-        axes.tick_params(length=0)
+        axes.tick_params(length=0, labelsize=8)
         axes.set_xlabel(name, fontsize=8)
         axes.grid(axis="x", alpha=0.3)
         axes.spines[["top", "right", "left"]].set_visible(False)
