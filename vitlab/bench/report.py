@@ -70,18 +70,21 @@ def write_json(path: Path, bench: str, rows: Sequence[Row], device: torch.device
 
 
 def print_rows(title: str, rows: Sequence[Row], console: Console | None = None) -> None:
+    """A line a case; further figures stand below it, as no screen is as wide as all of them."""
     table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", title_style="bold")
     table.add_column("case")
     table.add_column("peer")
     unit = rows[0].unit if rows else ""
-    for name in (f"ours ({unit})", f"theirs ({unit})", "ratio", "rounds", *(rows[0].more if rows else ())):
+    for name in (f"ours ({unit})", f"theirs ({unit})", "ratio", "rounds"):
         table.add_column(name, justify="right")
     for row in rows:
-        more = (f"{value:,.3g}" for value in row.more.values())
         figures = (f"{row.ours:.4g}", f"{row.theirs:.4g}", f"{row.ratio:.3f}", str(row.rounds))
-        table.add_row(row.case, row.peer, *figures, *more)
+        table.add_row(row.case, row.peer, *figures)
     out = console or Console()
     out.print(table)
+    for row in rows:
+        if row.more:
+            out.print(f"{row.case}: " + ", ".join(f"{name} {value:,.3g}" for name, value in row.more.items()))
     if rows:
         ratios = [row.ratio for row in rows]
         out.print(
