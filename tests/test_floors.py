@@ -134,7 +134,7 @@ def test_sizes(path: str) -> None:
 def test_top_level() -> None:
     folders = {p.name for p in ROOT.iterdir() if p.is_dir() and not p.name.startswith(".")}
     allowed = {"pipelines", "vitlab", "cluster", "tests", "experiments", "docs"}
-    built = {"runs", "build", "dist", "vitlab.egg-info", "__pycache__"}
+    built = {"runs", "data", "build", "dist", "vitlab.egg-info", "__pycache__"}
     assert folders - built <= allowed
 
 

@@ -167,39 +167,48 @@ def main() -> None:
 
 def _add_bench(commands: Any) -> None:
     bench = commands.add_parser(
-        "bench",
-        help="measure against a peer",
-        epilog="example: vitlab bench step vit_small swin_tiny --json step.json",
+        "bench", help="measure against a peer", epilog="example: vitlab bench step --help"
     )
-    bench.add_argument(
-        "what",
-        choices=["step", "memory"],
-        help="step: seconds of forward, backward and optimizer of a model or an objective; "
-        "memory: bytes of a worker under ZeRO-3 with a teacher, against plain PyTorch",
+    kinds = bench.add_subparsers(dest="what", required=True, metavar="what")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+
+    step = kinds.add_parser(
+        "step",
+        parents=[common],
+        help="seconds of forward, backward and optimizer of a model or an objective",
+        epilog="example: vitlab bench step vit_small dino/lightly --json step.json",
     )
-    bench.add_argument(
+    step.add_argument(
         "cases",
         nargs="*",
         help="models: vit_small, deit_small, swin_tiny, coatnet_0, cvt_13; objectives: mae, mae/lightly, "
         "simmim/lightly, beit/transformers, dino/lightly, msn/lightly, distill/timm, distill_soft/timm; "
         "default: all",
     )
-    bench.add_argument("--batch", type=int, help="images of a step (step 8; memory 16, over all workers)")
-    bench.add_argument("--image-size", type=int, help="pixels a side (step 224, memory 64)")
-    bench.add_argument("--rounds", type=int, help="measured rounds; medians are shown (step 9, memory 5)")
-    bench.add_argument("--threads", type=int, help="CPU threads (step all cores, memory 1 a worker)")
-    bench.add_argument("--workers", type=int, nargs="+", help="memory: numbers of workers (1 2 4)")
-    bench.add_argument(
-        "--persist",
-        type=int,
-        nargs="+",
-        help="memory: sizes of the largest parameter that is never sharded (0, vitlab's, DeepSpeed's)",
-    )
-    bench.add_argument("--compile", action="store_true", help="our side by torch.compile, the peer eager")
-    bench.add_argument(
+    step.add_argument("--batch", type=int, help="images of a step (8)")
+    step.add_argument("--image-size", type=int, help="pixels a side (224)")
+    step.add_argument("--rounds", type=int, help="measured rounds; medians are shown (9)")
+    step.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (all cores)")
+    step.add_argument("--compile", action="store_true", help="our side by torch.compile, the peer eager")
+    step.add_argument(
         "--precision", choices=["fp32", "bf16", "auto"], default="fp32", help="auto: bf16 on GPUs (fp32)"
     )
-    bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+
+    memory = kinds.add_parser(
+        "memory",
+        parents=[common],
+        help="bytes of a worker under ZeRO-3 with a teacher, against plain PyTorch, in fp32",
+        epilog="example: vitlab bench memory --workers 2 --persist 0",
+    )
+    memory.add_argument("--batch", type=int, help="images of a step, over all workers (16)")
+    memory.add_argument("--image-size", type=int, help="pixels a side (64)")
+    memory.add_argument("--rounds", type=int, help="measured rounds, of the seconds (5)")
+    memory.add_argument("--threads", type=int, help="CPU threads of a worker (1)")
+    memory.add_argument("--workers", type=int, nargs="+", help="numbers of workers (1 2 4)")
+    memory.add_argument(
+        "--persist", type=int, nargs="+", help="largest parameters that are never sharded (0 10000 100000)"
+    )
     bench.set_defaults(action=_bench)
 
 
@@ -240,7 +249,6 @@ def _run(given: argparse.Namespace) -> None:
 def _bench(given: argparse.Namespace) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
     from vitlab.bench import MemoryOptions, StepOptions, bench_memory, bench_step, print_rows, write_json
-    from vitlab.config import UserError
     from vitlab.dist import device
     from vitlab.face import Face
 
@@ -256,15 +264,13 @@ def _bench(given: argparse.Namespace) -> None:
         return kind(**fit)
 
     if given.what == "memory":
-        if given.cases or given.compile or given.precision != "fp32":
-            raise UserError("bench memory: takes no cases, no --compile, and --precision fp32 alone")
         how = options(MemoryOptions)
         rows = bench_memory(how, say)
     else:
-        given.threads = os.cpu_count() if given.threads is None else given.threads
         how = options(StepOptions)
         rows = bench_step(given.cases, how, say)
-    title = f"bench {given.what} · {given.precision} · batch {how.batch} · {how.threads} threads"
+    precision = getattr(how, "precision", "fp32")
+    title = f"bench {given.what} · {precision} · batch {how.batch} · {how.threads} threads"
     print_rows(title, rows)
     if given.json is not None:
         write_json(given.json, given.what, rows, device(0))
@@ -322,22 +328,9 @@ def _ui(given: argparse.Namespace) -> None:
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false"
     )  # worker processes that nothing here uses
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "server",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(given.port),
-        "--workers",
-        "1",
-        "--backend-store-uri",
-        f"sqlite:///{place}/mlflow.db",
-        "--default-artifact-root",
-        (place / "artifacts").as_uri(),
-    ]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(given.port)]
+    command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{place}/mlflow.db"]
+    command += ["--default-artifact-root", (place / "artifacts").as_uri()]
     os.execv(command[0], command)  # noqa: S606
 
 

@@ -178,7 +178,8 @@ class Run:
         inputs = {"model": model}
 
         def do(run_id: str) -> Result:
-            return self.session.run(EvaluateJob(config, self._place(run_id, data), model.folder, label))
+            place, named = self._place(run_id, data), self.within + label
+            return self.session.run(EvaluateJob(config, place, model.folder, named))
 
         return self.stage("evaluate", label, config, data, inputs, do)
 
@@ -265,7 +266,7 @@ class Run:
         params = {"seed": self.experiment.seed} | flatten(
             {stage: resolved(config), "data": resolved(self.experiment.data)}
         )
-        return self.store.start(title(label, config), tags, params, self.search), False
+        return self.store.start(title(self.within + label, config), tags, params, self.search), False
 
     def _do(self, run_id: str, do: Callable[[str], Result]) -> Result:
         try:

@@ -44,6 +44,13 @@ def test_the_weight_of_samples_is_relative() -> None:
     assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 
+def test_trouble_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step without weight has no figures to tell it by."""
+    monkeypatch.setattr(Toy, "diagnose", lambda _, values: "far" if values["train/far"] > 0 else None)
+    _, notes = trained({0: 0.0, 1: 0.0})
+    assert notes.notes == ["step 3: far"]
+
+
 def test_a_loss_that_is_no_number_ends_it() -> None:
     with pytest.raises(ValueError, match=r"optim.lr: the loss is nan at step 3"):
         trained({2: float("nan")})

@@ -5,6 +5,7 @@ What is compared is the whole state: student, teacher, centre, and all else that
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,21 +35,38 @@ def spec(method: str, zero: int | None, persist: int | None = None, **more: Any)
     return {"method": method, "config": config, "zero": zero, "persist": persist, "steps": steps, **more}
 
 
-@pytest.fixture(scope="module", params=TEACHING)
-def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """All runs of one objective: two launches, because starting DeepSpeed costs seconds."""
-    method, folder = request.param, tmp_path_factory.mktemp("views")
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Every run of every objective, in one launch of two workers: starting DeepSpeed takes seconds."""
+    folder = tmp_path_factory.mktemp("views")
+    two: dict[str, Any] = {}
+    one: dict[str, Any] = {}
+    for method in TEACHING:
+        for name, stage in stages_of(method).items():
+            two |= twice(folder, method, name, *stage)
+        one |= twice(folder, method, "plain", None)
+        one[f"{method}: on one worker"] = spec(method, None, checkpoints=str(folder / f"{method}: {ALL}"))
+    return launch(2, two, folder) | launch(1, one, folder)
 
-    def twice(name: str, *stage: int | None) -> dict[str, Any]:
-        """Whole, and the end of it once more from its last checkpoint."""
-        one = spec(method, *stage, checkpoints=str(folder / name))
-        return {name: one, f"{name} resumed": one}
 
-    stages = {ALL: STAGES[ALL]} if method == NORMED else STAGES
-    two = {key: value for name, stage in stages.items() for key, value in twice(name, *stage).items()}
-    one = twice("plain", None) | {"on one worker": spec(method, None, checkpoints=str(folder / ALL))}
-    found = launch(2, two, folder) | launch(1, one, folder)
-    return found | {"method": method, "stages": list(stages)}
+def stages_of(method: str) -> dict[str, tuple[int, int | None]]:
+    return {ALL: STAGES[ALL]} if method == NORMED else STAGES
+
+
+def twice(folder: Path, method: str, name: str, *stage: int | None) -> dict[str, Any]:
+    """Whole, and the end of it once more from its last checkpoint."""
+    once = spec(method, *stage, checkpoints=str(folder / f"{method}: {name}"))
+    return {f"{method}: {name}": once, f"{method}: {name} resumed": once}
+
+
+@pytest.fixture(params=TEACHING)
+def runs(request: pytest.FixtureRequest, found: dict[str, Any]) -> dict[str, Any]:
+    """The runs of one objective."""
+    method = request.param
+    own = {
+        name.removeprefix(f"{method}: "): run for name, run in found.items() if name.startswith(f"{method}: ")
+    }
+    return own | {"method": method, "stages": list(stages_of(method))}
 
 
 def apart(a: Any, b: Any, without: tuple[str, ...] = ()) -> float:

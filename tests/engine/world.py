@@ -61,6 +61,7 @@ class Toy(Method):
 class Notes:
     def __init__(self) -> None:
         self.points: list[tuple[int, dict[str, float]]] = []
+        self.notes: list[str] = []
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self.points.append((step, values))
@@ -72,7 +73,7 @@ class Notes:
     def say(self, text: str) -> None: ...
 
     def note(self, text: str) -> None:
-        self.notes = [*getattr(self, "notes", []), text]
+        self.notes.append(text)
 
 
 def batches(config: LoopConfig, world: World, start: int, stop: int | None) -> Any:

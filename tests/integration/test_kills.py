@@ -35,14 +35,7 @@ def test_stopped_on_two_workers_and_gone_on_with_on_one(lab: Lab, reference: tup
 
 def test_a_worker_is_killed(lab: Lab, reference: tuple[Lab, Ended]) -> None:
     process = lab.start("mae_then_finetune", TINY, "cluster.loaders=1")  # its loader must go with it
-    lab.wait_for_step(30, process)
-    (log,) = lab.home.glob("logs/*/worker-1.log")
-    pid = re.search(r"pid (\d+)", log.read_text())
-    assert pid
-    os.kill(int(pid[1]), signal.SIGKILL)
-    text, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, text
-    assert "a worker was lost" in text
+    kill_worker(lab, process, 30)
     same_as(lab, reference[0])
 
 
@@ -65,6 +58,19 @@ def kill_driver(lab: Lab) -> None:
     (run,) = lab.runs("finetune", "RUNNING")
     assert run.metrics["train/loss"] > 0
     wait_until_gone(lab)
+
+
+def kill_worker(lab: Lab, process: subprocess.Popen[str], step: int) -> str:
+    """From that step on there is one worker less; what the driver, which goes on to the end, says."""
+    lab.wait_for_step(step, process)
+    (log,) = lab.home.glob("logs/*/worker-1.log")
+    pid = re.search(r"pid (\d+)", log.read_text())
+    assert pid
+    os.kill(int(pid[1]), signal.SIGKILL)
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, text
+    assert "a worker was lost" in text
+    return text
 
 
 def wait_until_gone(lab: Lab) -> None:
@@ -148,14 +154,7 @@ def test_a_worker_is_killed_that_holds_half_of_a_teacher(make_lab: Callable[...,
     """Teacher, centre and schedules go on from the shards of the checkpoint: the same weights to the bit."""
     killed, whole = make_lab(), make_lab()
     process = start_dino(killed)
-    killed.wait_for_step(10, process)
-    (log,) = killed.home.glob("logs/*/worker-1.log")
-    pid = re.search(r"pid (\d+)", log.read_text())
-    assert pid
-    os.kill(int(pid[1]), signal.SIGKILL)
-    text, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, text
-    assert "a worker was lost" in text
+    text = kill_worker(killed, process, 10)
     again = re.search(r"goes on from step (\d+)/", text)
     assert again, text
     assert int(again[1]) >= 10

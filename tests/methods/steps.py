@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,6 +30,20 @@ def batch(
         views.append(view.to(dtype) * 4 - 2)
     keys = [str(int(seed)) for seed in seeds]
     return Batch(views, torch.full((n,), -1), torch.ones(n, dtype=dtype), seeds, keys)
+
+
+def unlabelled(*views: Tensor) -> Batch:
+    """Views that are here already; every sample has a seed of its own."""
+    n, dtype = len(views[0]), views[0].dtype
+    seeds, keys = torch.arange(n) * 77_777 + 3, [str(i) for i in range(n)]
+    return Batch(list(views), torch.full((n,), -1), torch.ones(n, dtype=dtype), seeds, keys)
+
+
+def part(of: Batch, rows: slice | list[int]) -> Batch:
+    keys = [of.keys[i] for i in torch.arange(len(of.keys))[rows].tolist()]
+    views = [view[rows] for view in of.views]
+    given = {"labels": of.labels[rows], "weight": of.weight[rows], "seeds": of.seeds[rows], "keys": keys}
+    return replace(of, views=views, **given)
 
 
 def strategy_of(of: Method, epoch_steps: int, dtype: torch.dtype = torch.float32) -> Plain:

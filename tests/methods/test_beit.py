@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from parity import EXACT, images, redraw, worst
+from parity import EXACT, THEIR_SIZES, images, redraw, worst
+from steps import part, unlabelled
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from transformers import BeitConfig as TheirConfig
@@ -17,7 +18,7 @@ from vitlab.batch import Batch
 from vitlab.config import UserError, build
 from vitlab.engine.optim import OptimConfig
 from vitlab.engine.strategy import Plain
-from vitlab.methods import METHODS, BEiT, BEiTConfig, create_method
+from vitlab.methods import BEiT, BEiTConfig, create_method
 from vitlab.methods.masks import block_mask
 from vitlab.models import Backbone, BackboneConfig, Features, create_model
 from vitlab.models.layouts.beit import _hugging_face
@@ -69,24 +70,7 @@ def method(tokenizer: Backbone | None = None, more: dict[str, Any] | None = None
 
 
 def batch(dtype: torch.dtype = torch.float32, n: int = 5) -> Batch:
-    return Batch(
-        views=[images(n, SIDE, dtype), images(n, SMALL, dtype).flip(0)],
-        labels=torch.full((n,), -1),
-        weight=torch.ones(n, dtype=dtype),
-        seeds=torch.arange(n) * 77_777 + 3,
-        keys=[str(i) for i in range(n)],
-    )
-
-
-def part(of: Batch, rows: Any) -> Batch:
-    return replace(
-        of,
-        views=[v[rows] for v in of.views],
-        labels=of.labels[rows],
-        weight=of.weight[rows],
-        seeds=of.seeds[rows],
-        keys=[of.keys[i] for i in torch.arange(len(of.keys))[rows].tolist()],
-    )
+    return unlabelled(images(n, SIDE, dtype), images(n, SMALL, dtype).flip(0))
 
 
 def hidden(of: Batch) -> Tensor:
@@ -104,10 +88,7 @@ def reference() -> BeitForMaskedImageModeling:
         TheirConfig(
             image_size=SIDE,
             patch_size=4,
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=128,
+            **THEIR_SIZES,
             layer_norm_eps=1e-6,
             layer_scale_init_value=0.1,
             vocab_size=WORDS,
@@ -115,7 +96,6 @@ def reference() -> BeitForMaskedImageModeling:
             use_mask_token=True,
             use_mean_pooling=True,  # its final norm is the head's
             use_shared_relative_position_bias=True,
-            attn_implementation="sdpa",
         )
     )
 
@@ -304,6 +284,3 @@ def test_tokenizers_that_are_none() -> None:
         method(other)
     with pytest.raises(UserError, match="given one for 1 channels, the model has 3"):
         method(Words(in_chans=1))
-    model = create_model("vit_tiny", num_classes=3, image_size=SIDE, **SIZES)
-    with pytest.raises(UserError, match="given num_classes 3, allowed: 0"):
-        METHODS["beit"](build(BEiTConfig, {}), model, SIDE, Words())

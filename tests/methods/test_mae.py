@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from parity import EXACT, images, redraw, thirds, worst
+from parity import EXACT, THEIR_SIZES, images, redraw, thirds, worst
+from steps import unlabelled
 from torch import Tensor, nn
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
@@ -42,10 +43,7 @@ def method(**more: object) -> MAE:
 def reference(norm_pix: bool) -> ViTMAEForPreTraining:
     return ViTMAEForPreTraining(
         ViTMAEConfig(
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=128,
+            **THEIR_SIZES,
             image_size=16,
             patch_size=4,
             layer_norm_eps=1e-6,
@@ -55,7 +53,6 @@ def reference(norm_pix: bool) -> ViTMAEForPreTraining:
             decoder_intermediate_size=96,
             hidden_act="gelu",
             norm_pix_loss=norm_pix,
-            attn_implementation="sdpa",  # their open attention takes its softmax in float32
         )
     )
 
@@ -85,13 +82,7 @@ def renamed(ours: dict[str, Tensor], official: dict[str, Tensor]) -> dict[str, T
 
 
 def batch(dtype: torch.dtype = torch.float32, n: int = 5) -> Batch:
-    return Batch(
-        views=[images(n, 16, dtype)],
-        labels=torch.full((n,), -1),
-        weight=torch.ones(n, dtype=dtype),
-        seeds=torch.arange(n) * 77_777 + 3,
-        keys=[str(i) for i in range(n)],
-    )
+    return unlabelled(images(n, 16, dtype))
 
 
 def official_loss(module: nn.Module, of: Batch) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))  # this file is a program of its own, too
-from parity import EXACT, redraw, worst
+from parity import EXACT, THEIR_SIZES, redraw, worst
 
 from vitlab.batch import Batch, derived, uniform
 from vitlab.config import UserError, build
@@ -91,13 +91,9 @@ class Written:
         from transformers import ViTMSNConfig, ViTMSNModel
 
         config = ViTMSNConfig(
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=128,
+            **THEIR_SIZES,
             image_size=16,
             patch_size=4,
-            attn_implementation="sdpa",  # their open attention takes its softmax in float32
         )
         dtype = ours.prototypes.weight.dtype
         self.config, self.nets = ours.config, nn.ModuleDict()

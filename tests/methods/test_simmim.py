@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from parity import EXACT, images, redraw, worst
+from parity import EXACT, THEIR_SIZES, images, redraw, worst
+from steps import part, unlabelled
 from torch import Tensor, nn
 from transformers import SwinConfig as TheirSwin
 from transformers import SwinForMaskedImageModeling, ViTForMaskedImageModeling
@@ -17,7 +17,7 @@ from transformers import ViTConfig as TheirViT
 from vitlab.batch import Batch, uniform
 from vitlab.config import UserError, build
 from vitlab.engine.optim import OptimConfig, adamw
-from vitlab.methods import METHODS, SimMIM, SimMIMConfig, create_method
+from vitlab.methods import SimMIM, SimMIMConfig, create_method
 from vitlab.models import Backbone, create_model
 from vitlab.models.layouts import LAYOUTS
 
@@ -48,15 +48,11 @@ def reference(name: str) -> nn.Module:
         return SwinForMaskedImageModeling(TheirSwin(image_size=SIDE, **sizes, attn_implementation="sdpa"))
     return ViTForMaskedImageModeling(
         TheirViT(
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=128,
+            **THEIR_SIZES,
             image_size=SIDE,
             patch_size=4,
             encoder_stride=4,
             layer_norm_eps=1e-6,
-            attn_implementation="sdpa",
         )
     )
 
@@ -70,24 +66,7 @@ def renamed(official: dict[str, Tensor], ours: SimMIM, name: str) -> dict[str, T
 
 
 def batch(dtype: torch.dtype = torch.float32, n: int = 5) -> Batch:
-    return Batch(
-        views=[images(n, SIDE, dtype)],
-        labels=torch.full((n,), -1),
-        weight=torch.ones(n, dtype=dtype),
-        seeds=torch.arange(n) * 77_777 + 3,
-        keys=[str(i) for i in range(n)],
-    )
-
-
-def part(of: Batch, rows: slice) -> Batch:
-    return replace(
-        of,
-        views=[v[rows] for v in of.views],
-        labels=of.labels[rows],
-        weight=of.weight[rows],
-        seeds=of.seeds[rows],
-        keys=of.keys[rows],
-    )
+    return unlabelled(images(n, SIDE, dtype))
 
 
 def hidden(of: Batch, units: int = 4, ratio: float = 0.6) -> Tensor:
@@ -254,8 +233,3 @@ def test_wrong_configs(name: str, model: dict[str, Any], more: dict[str, Any], l
         made = backbone(name, **model)
     with pytest.raises(UserError, match=line):
         method(model=made, **more)
-
-
-def test_a_model_with_a_head_is_refused() -> None:
-    with pytest.raises(UserError, match="given num_classes 3, allowed: 0"):
-        METHODS["simmim"](build(SimMIMConfig, {}), backbone("vit_tiny", num_classes=3), SIDE)

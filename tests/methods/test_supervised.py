@@ -124,5 +124,8 @@ def test_wrong_matches() -> None:
         create_method(SupervisedConfig(), model(), teacher=model())
     with pytest.raises(UserError, match="the model has no head"):
         create_method(SupervisedConfig(), model(classes=0))
+    for name in ("mae", "simmim", "beit", "dino", "msn"):
+        with pytest.raises(UserError, match=f"{name}: trains a model without a head; given num_classes 4"):
+            create_method(TypeAdapter(MethodConfig).validate_python({"name": name}), model())
     with pytest.raises(UserError, match=r"trains on square images; given image_size 16×32"):
         create_method(SupervisedConfig(), model(size=(16, 32)))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity import EXACT, images, redraw, worst
+from parity import EXACT, THEIR_SIZES, images, redraw, worst
 from torch import Tensor, nn
 from transformers import BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling
 
@@ -36,16 +36,12 @@ def reference(kind: Any, **more: Any) -> nn.Module:
         BeitConfig(
             image_size=16,
             patch_size=4,
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=128,
+            **THEIR_SIZES,
             layer_norm_eps=1e-6,
             layer_scale_init_value=0.1,
             vocab_size=11,
             num_labels=7,
             drop_path_rate=0.0,
-            attn_implementation="sdpa",
             **more,
         )
     )

@@ -125,6 +125,7 @@ def train(method: Method, strategy: Strategy, plan: Plan, world: World) -> dict[
         if world.first:
             plan.recorder.say(f"goes on from step {start}/{plan.steps}")
     last: dict[str, float] = {}
+    trouble: str | None = None
     batches = plan.batches(start)
     clock = Clock(plan.config.batch_size)
     strategy.train(True)
@@ -143,8 +144,7 @@ def train(method: Method, strategy: Strategy, plan: Plan, world: World) -> dict[
         method.after_step()
         done = step + 1
         values = _after_step(done, plan, window, {"lr": lr, "grad_norm": norm}, clock)
-        trouble = method.diagnose(values) if values else None
-        if world.first and trouble:
+        if not trouble and "train/loss" in values and (trouble := method.diagnose(values)) and world.first:
             plan.recorder.note(f"step {done}: {trouble}")
         last |= _report(done, values, plan, world)
         if probes := plan.due(done):

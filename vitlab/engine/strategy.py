@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from vitlab.batch import Batch
 from vitlab.engine.optim import OptimConfig, adamw
-from vitlab.methods.base import Average, Losses, Method
+from vitlab.methods.base import TINY, Average, Losses, Method
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Kind = Literal["weights", "moments", "gradients", "frozen", "copies", "passing"]
-TINY = 1e-12  # a global batch without any weight has the gradient 0, not 0/0
 
 
 class Piece(NamedTuple):

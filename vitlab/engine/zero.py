@@ -22,7 +22,6 @@ from vitlab.engine.compiling import leave_hooks
 from vitlab.engine.optim import OptimConfig, adamw
 from vitlab.engine.strategy import (
     MOMENTS,
-    TINY,
     Kind,
     Piece,
     average_buffers,
@@ -31,7 +30,7 @@ from vitlab.engine.strategy import (
     kept,
     moments,
 )
-from vitlab.methods.base import Average, Losses, Method
+from vitlab.methods.base import TINY, Average, Losses, Method
 
 STAYS = 10_000  # a parameter up to this size is never given away at stage 3
 # What is read of DeepSpeed's optimizers beyond its documents, by stage: a later version may rename it.

@@ -51,6 +51,10 @@ def create_method(config: Any, model: Backbone, **guides: nn.Module | None) -> M
     height, width = model.image_size
     if height != width:
         raise UserError(f"{config.name}: trains on square images; given image_size {height}×{width}")
+    if made.headless and model.num_classes:
+        raise UserError(
+            f"{config.name}: trains a model without a head; given num_classes {model.num_classes}, allowed: 0"
+        )
     for problem in made.problems(config.name, config, model.config, height):
         raise UserError(problem)
     given = {name: guide for name, guide in guides.items() if guide is not None}

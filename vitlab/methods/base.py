@@ -136,7 +136,8 @@ class Method(nn.Module):
         return {}
 
     def diagnose(self, values: dict[str, float]) -> str | None:
-        """One line for a person if a point of the training curve (`train/…`) tells of trouble."""
+        """One line for a person if a point of the training curve (`train/…`) tells of trouble; the loop
+        asks until there is one."""
         return None
 
     def export(self) -> Backbone:

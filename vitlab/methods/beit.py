@@ -60,10 +60,6 @@ class BEiT(Method):
 
     def __init__(self, config: BEiTConfig, model: ViT, image_size: int, tokenizer: Backbone) -> None:
         super().__init__()
-        if model.num_classes:
-            raise UserError(
-                f"beit: trains a model without a head; given num_classes {model.num_classes}, allowed: 0"
-            )
         self.config, self.model, self.image_size = config, model, image_size
         self.tokenizer = tokenizer.requires_grad_(False).eval()
         self.token_size = _token_size(tokenizer, model)

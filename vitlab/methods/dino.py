@@ -36,7 +36,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vitlab.batch import Batch, View, derived
-from vitlab.config import Config, UserError
+from vitlab.config import Config
 from vitlab.dist import summed
 from vitlab.methods.base import TINY, Average, Losses, Method, Moment, frozen, full, watching
 from vitlab.methods.crops import size_problems, small_size
@@ -90,10 +90,6 @@ class DINO(Method):
 
     def __init__(self, config: DINOConfig, model: Backbone, image_size: int) -> None:
         super().__init__()
-        if model.num_classes:
-            raise UserError(
-                f"dino: trains a model without a head; given num_classes {model.num_classes}, allowed: 0"
-            )
         self.config, self.model, self.image_size = config, model, image_size
         self.local_size = config.local_size or small_size(model.config, image_size)
         dims = (pooled_width(model), config.hidden_dim, config.bottleneck_dim, config.out_dim)
@@ -103,7 +99,6 @@ class DINO(Method):
         self.register_buffer("center", torch.zeros(config.out_dim))
         self.register_buffer("spread", torch.zeros(()))
         self.sums: Tensor | None = None  # over a step's micro-batches: Σt (K), Σp (K), Σ entropy, how many
-        self.warned = False
         self.before_step(Moment(0, 1, 1))
 
     @classmethod
@@ -180,11 +175,10 @@ class DINO(Method):
         self.sums = None
 
     def diagnose(self, values: dict[str, float]) -> str | None:
-        """Says once that the teacher has collapsed, and which way."""
+        """Whether the teacher has collapsed, and which way."""
         spread, entropy = values["train/spread"], values["train/teacher_entropy"]
-        if self.warned or spread >= ALIKE or self.now.progress < SETTLED:
+        if spread >= ALIKE or self.now.progress < SETTLED:
             return None
-        self.warned = True
         dimensions = self.config.out_dim
         if entropy > math.log(dimensions) / 2:
             how = f"evenly over its {dimensions} dimensions; give a lower teacher_temp, a lower optim.lr"

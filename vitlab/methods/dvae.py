@@ -69,7 +69,7 @@ class DVAETraining(Method):
         self.config, self.model, self.image_size = config, model, image_size
         self.register_buffer("usage", torch.zeros(model.config.vocab))
         self.register_buffer("counted", torch.zeros(model.config.vocab), persistent=False)
-        self.temperature, self.kl_weight, self.settled, self.told = config.temperature, 0.0, False, False
+        self.temperature, self.kl_weight, self.settled = config.temperature, 0.0, False
 
     def before_step(self, now: Moment) -> None:
         c = self.config
@@ -131,9 +131,8 @@ class DVAETraining(Method):
 
     def diagnose(self, values: dict[str, float]) -> str | None:
         vocab, used = self.model.config.vocab, values.get("train/perplexity", math.inf)
-        if not self.settled or self.told or used >= max(2.0, DEAD * vocab):
+        if not self.settled or used >= max(2.0, DEAD * vocab):
             return None
-        self.told = True
         return (
             f"train/perplexity is {used:.1f}: of {vocab} codes almost all are dead; go on with a smaller "
             f"method.kl_weight ({self.config.kl_weight:g}), a longer method.temperature_until "

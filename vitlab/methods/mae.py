@@ -24,7 +24,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from vitlab.batch import Batch, uniform
-from vitlab.config import Config, UserError
+from vitlab.config import Config
 from vitlab.methods.base import Losses, Method, full
 from vitlab.models import ViT, ViTConfig
 from vitlab.models.parts.transformer import Block, cut, pick, sincos
@@ -68,10 +68,6 @@ class MAE(Method):
 
     def __init__(self, config: MAEConfig, model: ViT, image_size: int) -> None:
         super().__init__()
-        if model.num_classes:
-            raise UserError(
-                f"mae: trains a model without a head; given num_classes {model.num_classes}, allowed: 0"
-            )
         patches = model.grid[0] * model.grid[1]
         self.visible = int(patches * (1 - config.mask_ratio))
         self.config, self.model, self.image_size = config, model, image_size

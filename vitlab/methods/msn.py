@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.special import entr
 
 from vitlab.batch import Batch, View, derived, uniform
-from vitlab.config import Config, UserError
+from vitlab.config import Config
 from vitlab.dist import summed
 from vitlab.methods.base import (
     Average,
@@ -103,10 +103,6 @@ class MSN(Method):
 
     def __init__(self, config: MSNConfig, model: ViT, image_size: int) -> None:
         super().__init__()
-        if model.num_classes:
-            raise UserError(
-                f"msn: trains a model without a head; given num_classes {model.num_classes}, allowed: 0"
-            )
         self.config, self.model, self.image_size = config, model, image_size
         self.patches = math.prod(model.grid)
         self.visible = int(self.patches * (1 - config.mask_ratio))

@@ -44,10 +44,6 @@ class SimMIM(Method):
 
     def __init__(self, config: SimMIMConfig, model: Backbone, image_size: int) -> None:
         super().__init__()
-        if model.num_classes:
-            raise UserError(
-                f"simmim: trains a model without a head; given num_classes {model.num_classes}, allowed: 0"
-            )
         self.config, self.model, self.image_size = config, model, image_size
         self.grid: int = model.config.grid(model.image_size)[0]  # tokens a side, as the model's mask has them
         self.units = image_size // (config.mask_patch or _unit(image_size, self.grid))  # a side
