@@ -67,11 +67,15 @@ class TuneConfig(Config):
     space: dict[str, Between | list[Any]]
     trials: int = Field(8, gt=0)
     metric: Literal["val/top1", "val/loss"] = "val/top1"
-    mode: Literal["max", "min"] = "max"
     grace_epochs: int = Field(1, gt=0, description="epochs before ASHA may stop a trial")
     reduction: int = Field(3, gt=1, description="ASHA keeps one of so many at each rung")
     concurrent: int = free(2, gt=0, description="trials at a time")
     workers: int = free(0, ge=0, description="workers of a trial; 0: in the trial's own process")
+
+    @property
+    def mode(self) -> Literal["max", "min"]:
+        """Which values of the metric are better."""
+        return "min" if self.metric == "val/loss" else "max"
 
 
 class CompareConfig(Config):

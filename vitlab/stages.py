@@ -50,6 +50,7 @@ Result = dict[str, Any]  # of a job: artifact, metrics, seconds
 class Done(NamedTuple):
     """A stage of this run that is done."""
 
+    stage: str
     artifact: Artifact
     metrics: dict[str, float]
 
@@ -235,12 +236,11 @@ class Run:
             with cache.claim(self.store, key, lambda holder: waiting(f"waits for {holder}")) as claim:
                 if claim.artifact is not None:
                     forget(self._checkpoints(claim.artifact.run_id))  # a kill may have come just before
-                    return self._done(label, "hit", begin, claim.artifact, claim.metrics)
+                    return self._done(label, "hit", begin, Done(stage, claim.artifact, claim.metrics))
                 run_id, resumed = self._open(stage, label, config, claim, inputs, data)
                 result = self._do(run_id, do)
-        return self._done(
-            label, "resumed" if resumed else "ran", begin, result["artifact"], result["metrics"]
-        )
+        outcome: cache.Outcome = "resumed" if resumed else "ran"
+        return self._done(label, outcome, begin, Done(stage, result["artifact"], result["metrics"]))
 
     def _open(
         self, stage: str, label: str, config: Config, claim: Claim, inputs: dict[str, Artifact], data: Shards
@@ -282,10 +282,9 @@ class Run:
     def _checkpoints(self, run_id: str) -> Path:
         return self.home / "checkpoints" / run_id
 
-    def _done(
-        self, label: str, outcome: cache.Outcome, begin: float, artifact: Artifact, metrics: dict[str, float]
-    ) -> Artifact:
-        self.done[label] = Done(artifact, metrics)
+    def _done(self, label: str, outcome: cache.Outcome, begin: float, done: Done) -> Artifact:
+        self.done[label] = done
+        _, artifact, metrics = done
         figure = figured(metrics)
         label = self.within + label
         self.face.done(Row(label, outcome, time.monotonic() - begin, figure, artifact.run_id))
@@ -334,13 +333,16 @@ class Run:
         self.face.table(f"{self.pipeline} · {self.experiment.name} · {total:.0f} s")
         if not self.store.remote:
             self.face.print("open     make ui   (or: vitlab ui; then these links show the runs)")
-        stage = next((s for s in ("search", "finetune", "pretrain") if s in self.done), None)
+        runs: dict[str, list[str]] = {}
+        for done in self.done.values():
+            runs.setdefault(done.stage, []).append(done.artifact.run_id)
+        stage = next((s for s in ("search", "finetune", "distill", "pretrain") if s in runs), None)
         if stage is None:
             return
-        mine = self.done[stage].artifact.run_id
+        mine = runs[stage]
         if stage == "search":
-            stage, mine = "finetune", self.store.get(mine).tags["vitlab.best"]
+            stage, mine = "finetune", [self.store.get(mine[0]).tags["vitlab.best"]]
         self.face.print(f"curves   {self.store.curves(stage)}")
         found = self.store.find({"vitlab.stage": stage})
-        others = [r.run_id for r in found if r.status == "FINISHED" and r.run_id != mine]
-        self.face.print(f"compare  {self.store.comparison([mine, *others[:4]])}")
+        others = [r.run_id for r in found if r.status == "FINISHED" and r.run_id not in mine]
+        self.face.print(f"compare  {self.store.comparison([*mine, *others][:5])}")

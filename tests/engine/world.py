@@ -241,6 +241,7 @@ def spawn(program: str, workers: int, jobs: dict[str, Any], folder: Path) -> dic
     out = folder / f"{uuid.uuid4().hex}.pt"
     command = [sys.executable, "-W", "ignore", program, str(out), json.dumps(jobs)]
     settings = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(workers)}
+    settings["PYTHONPATH"] = os.pathsep.join(sys.path)
     children = [
         subprocess.Popen(
             command,

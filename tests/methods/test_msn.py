@@ -8,22 +8,18 @@ away again, as it does with the shift of the encoder's last norm. Their gradient
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from collections import OrderedDict
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "models"))  # this file is a program of its own, too
 from parity import EXACT, THEIR_SIZES, redraw, worst
+from torch import Tensor, nn
+from world import serve, spawn
 
 from vitlab.batch import Batch, derived, uniform
 from vitlab.config import UserError, build
+from vitlab.dist import World
 from vitlab.engine.optim import OptimConfig, set_rates
 from vitlab.engine.strategy import Plain
 from vitlab.methods import MSN, MSNConfig, create_method
@@ -41,7 +37,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "no norm": {"head_batch_norm": False, "anchors": 2, "entropy_weight": 0.3, "final_sharpen": 0.2},
     "whole": {"mask_ratio": 0.0, "focal_crops": 0, "anchors": 3},
 }
-PARTS = {2: [5, 3]}  # workers → samples of each
+FIRST = 5  # samples of the first of two workers
 
 
 def method(**more: Any) -> MSN:
@@ -327,27 +323,28 @@ def told(made: MSN, of: Batch) -> dict[str, Tensor]:
     return out | {n: p.grad for n, p in made.named_parameters() if p.requires_grad}
 
 
+def share(job: dict[str, Any], world: World) -> dict[str, Tensor]:
+    """One worker's part, summed over the workers; the parts are not of one size."""
+    first = 0 if world.first else FIRST
+    part = slice(first, FIRST if world.first else SAMPLES)
+    made = drawn(torch.float64, **SETTINGS[job["setting"]])
+    found = told(made, batch(made, dtype=torch.float64, part=part))
+    return {name: world.sum(value) for name, value in found.items()}
+
+
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("msn")
-    command = [sys.executable, "-W", "ignore", __file__]
-    children = [
-        subprocess.Popen([*command, str(rank), "2", str(folder)], env={**os.environ, "OMP_NUM_THREADS": "1"})
-        for rank in range(2)
-    ]
-    assert [child.wait(timeout=200) for child in children] == [0, 0]
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+def sums(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return spawn(__file__, 2, {name: {"setting": name} for name in SETTINGS}, tmp_path_factory.mktemp("msn"))
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_workers_are_one_process_with_the_whole_batch(parts: list[dict[str, Any]], setting: str) -> None:
+def test_workers_are_one_process_with_the_whole_batch(sums: dict[str, Any], setting: str) -> None:
     made = drawn(torch.float64, **SETTINGS[setting])
     whole = told(made, batch(made, dtype=torch.float64))
-    sums = {name: parts[0][setting][name] + parts[1][setting][name] for name in whole}
     largest = max(float(t.abs().max()) for n, t in whole.items() if not n.startswith(("metric", "loss")))
     for name, value in whole.items():
         scale = float(value.abs().max()) if name.startswith(("metric", "loss")) else largest
-        assert float((sums[name] - value).abs().max()) <= 1e-12 * scale, name
+        assert float((sums[setting][name] - value).abs().max()) <= 1e-12 * scale, name
 
 
 @pytest.mark.parametrize("balance", [True, False])
@@ -515,20 +512,5 @@ def test_wrong_models() -> None:
         create_method(build(MSNConfig, SMALL), model)
 
 
-def main(rank: int, count: int, folder: Path) -> None:
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count
-    )
-    begin = sum(PARTS[count][:rank])
-    part = slice(begin, begin + PARTS[count][rank])
-    out = {}
-    for name, setting in SETTINGS.items():
-        made = drawn(torch.float64, **setting)
-        out[name] = told(made, batch(made, dtype=torch.float64, part=part))
-    torch.save(out, folder / f"{rank}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    serve(share)

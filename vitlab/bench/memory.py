@@ -214,6 +214,8 @@ def bench_memory(options: MemoryOptions, say: Callable[[str], None] = lambda tex
 def _rows(options: MemoryOptions, say: Callable[[str], None]) -> Iterator[Row]:
     say("plain PyTorch in one process")
     plain = measured(1, None, options)
+    parts = {kind: plain.get(kind, 0.0) / MB for kind in (*STATE, "passes", "peak")}
+    say("of it, MiB: " + ", ".join(f"{kind} {size:.4g}" for kind, size in parts.items()))
     for workers, persist in itertools.product(options.workers, options.persist):
         case = f"zero 3 on {workers}, persist {persist}"
         say(case)

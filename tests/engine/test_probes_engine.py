@@ -1,24 +1,19 @@
-"""Trainings with and without probes, as several real processes with a gloo group or as one plain process."""
+"""Probes look and do not touch: the same training to the bit with and without, on one worker and on two."""
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent / "engine"))
-from world import Notes  # type: ignore[import-not-found]
+from world import Notes, divided, serve
 
 from vitlab.batch import Batch, View, uniform
-from vitlab.data import ShardsConfig, open_shards
-from vitlab.dist import World, world_of_group
+from vitlab.data import ShardsConfig, open_shards, prepare
+from vitlab.dist import World
 from vitlab.engine.loop import LoopConfig, Plan, make_strategy, train
 from vitlab.evaluation import ProbeConfig
 from vitlab.jobs.place import Place
@@ -28,6 +23,7 @@ from vitlab.models import Backbone, create_model
 from vitlab.tracking import TrackingConfig
 
 STEPS = 6
+NAMES = {"probe/knn_top1", "probe/linear_top1", "probe/rank", "probe/std"}
 MODELS: dict[str, dict[str, Any]] = {
     # matrices above ZeRO-3's persistence threshold, so that they really are sharded
     "wide": {"name": "vit_tiny", "patch_size": 4, "embed_dim": 128, "depth": 1, "num_heads": 2},
@@ -66,7 +62,9 @@ def batches(config: LoopConfig, world: World, start: int) -> Any:
         yield [Batch([images], nothing, torch.ones(len(ids)), ids, ["x"] * len(ids))]
 
 
-def run(model: str, zero: int | None, probe: dict[str, Any], shards: str, world: World) -> dict[str, Any]:
+def run(job: dict[str, Any], world: World) -> dict[str, Any]:
+    """Figures, weights, and whatever else a probe might have touched."""
+    model, shards = job["model"], job["shards"]
     torch.manual_seed(0)
     random.seed(0)
     np.random.seed(0)
@@ -74,8 +72,8 @@ def run(model: str, zero: int | None, probe: dict[str, Any], shards: str, world:
     config = LoopConfig.model_validate({"epochs": 3, "batch_size": 8, "log_every": 1, "optim": {"lr": 1e-3}})
     data = ShardsConfig(path=shards, image_size=8, channels=1, streams=4)
     place = Place(Path(shards), TrackingConfig(), "", Path(shards), data, 0)
-    strategy, notes = make_strategy(method, config, zero, world), Notes()
-    asked: Any = config.model_copy(update={"probe": ProbeConfig.model_validate(probe)})
+    strategy, notes = make_strategy(method, config, job["zero"], world), Notes()
+    asked: Any = config.model_copy(update={"probe": ProbeConfig.model_validate(job["probe"])})
     probes = feature_probes(asked, place, method, open_shards(Path(shards)), world, notes.note)
     assert method.smooth is not None
     train(method, strategy, Plan(config, 2, lambda s: batches(config, world, s), notes, probes=probes), world)
@@ -86,39 +84,47 @@ def run(model: str, zero: int | None, probe: dict[str, Any], shards: str, world:
     return {"points": notes.points, "state": state, "modes": modes, "drawn": drawn, "probes": len(probes)}
 
 
-def launch(workers: int, jobs: dict[str, list[Any]], shards: Path, folder: Path) -> dict[str, Any]:
-    """name → (model, zero, probe); what rank 0 has, by name."""
-    out, store = folder / f"{workers}.pt", folder / f"{workers}.store"
-    command = [sys.executable, "-W", "ignore", __file__, str(workers), str(store), str(out), str(shards)]
-    children = [
-        subprocess.Popen(
-            [*command, json.dumps(jobs), str(rank)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(workers)
-    ]
-    outputs = [child.communicate(timeout=300)[0] for child in children]
-    for child, output in zip(children, outputs, strict=True):
-        assert child.returncode == 0, output[-4000:]
-    found: dict[str, Any] = torch.load(out, weights_only=True)
-    return found
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Every model plain and at ZeRO 3 on two workers, with and without probes."""
+    folder = tmp_path_factory.mktemp("runs")
+    config = ShardsConfig(source="digits", image_size=8, channels=1, streams=4)
+    shards = prepare(config, folder / "shards").path
+    looks = {"probed": {"every": 1, "bank": 301, "queries": 99}, "alone": {"bank": 0}}
+
+    jobs = {
+        f"{model} {zero} {name}": {"model": model, "zero": zero, "probe": probe, "shards": str(shards)}
+        for model in MODELS
+        for zero in (None, 3)
+        for name, probe in looks.items()
+    }
+    return divided(__file__, run, jobs, folder)
+
+
+@pytest.mark.parametrize("zero", [None, 3])
+@pytest.mark.parametrize("model", MODELS)
+def test_weights_are_the_same_to_the_bit(runs: dict[str, Any], model: str, zero: int | None) -> None:
+    probed, alone = runs[f"{model} {zero} probed"], runs[f"{model} {zero} alone"]
+    assert (probed["probes"], alone["probes"]) == (1, 0)
+    assert probed["state"].keys() == alone["state"].keys()
+    for name, tensor in alone["state"].items():
+        assert torch.equal(probed["state"][name], tensor), name
+    assert torch.equal(probed["drawn"], alone["drawn"]), "no generator has moved"
+    assert probed["modes"] == alone["modes"]
+    assert True in probed["modes"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_two_workers_see_what_one_sees(runs: dict[str, Any], model: str) -> None:
+    one, two = (
+        [point for point in runs[f"{model} {zero} probed"]["points"] if point[1].keys() >= NAMES]
+        for zero in (None, 3)
+    )
+    assert [step for step, _ in one] == [step for step, _ in two] == [2, 4, 6]
+    for (_, ours), (_, theirs) in zip(one, two, strict=True):
+        assert ours["probe/rank"] == pytest.approx(theirs["probe/rank"], rel=1e-2)
+        assert ours["probe/linear_top1"] == pytest.approx(theirs["probe/linear_top1"], abs=0.05)
 
 
 if __name__ == "__main__":
-    workers, store, out, shards, text, rank = sys.argv[1:]
-    world = World()
-    if int(workers) > 1:
-        os.environ.update(RANK=rank, WORLD_SIZE=workers, LOCAL_RANK=rank)
-        torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=int(rank), world_size=int(workers)
-        )
-        world = world_of_group()
-    results = {name: run(*job, shards, world) for name, job in json.loads(text).items()}
-    if world.first:
-        torch.save(results, out)
-    world.barrier()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    serve(run)
