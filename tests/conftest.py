@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from vitlab.cache import Artifact
+    from vitlab.tracking import Store
+
+TINY = Path(__file__).parent / "integration" / "tiny.yaml"
 
 
 @pytest.fixture(scope="session")
@@ -18,12 +26,52 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.fixture(scope="session")
+def new_home(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Callable[[], Path]:
+    """Makes fresh home folders whose store is ready."""
+
+    def make() -> Path:
+        folder = tmp_path_factory.mktemp("home")
+        shutil.copy(empty_database, folder / "mlflow.db")
+        return folder
+
+    return make
+
+
 @pytest.fixture
-def home(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(new_home: Callable[[], Path], monkeypatch: pytest.MonkeyPatch) -> Path:
     """A fresh home folder whose store is ready."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    folder = tmp_path / "home"
-    folder.mkdir()
-    shutil.copy(empty_database, folder / "mlflow.db")
+    folder = new_home()
     monkeypatch.setenv("VITLAB_HOME", str(folder))
     return folder
+
+
+@pytest.fixture(scope="module")
+def shared_home(new_home: Callable[[], Path]) -> Iterator[Path]:
+    """The same for all tests of a file: what one of them has made is a hit for the next."""
+    folder = new_home()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.setenv("VITLAB_HOME", str(folder))
+        yield folder
+
+
+@pytest.fixture
+def finetuned() -> Iterator[Callable[..., tuple[Artifact, Store]]]:
+    """Fine-tunes the tiny experiment in this process, in the home that the environment names."""
+    import torch
+
+    import vitlab
+    from vitlab.face import Face
+
+    def finetune(*overrides: str) -> tuple[Artifact, Store]:
+        exp = vitlab.read(TINY, ["cluster.workers=0", "cluster.zero=null", *overrides])
+        with vitlab.Run(exp, "notebook", face=Face(quiet=True)) as run:
+            artifact = run.finetune(exp.need("finetune"), data=run.shards(exp.data))
+            assert run.face.rows[-1].outcome == "ran"
+        return artifact, run.store
+
+    threads = torch.get_num_threads()
+    yield finetune
+    torch.set_num_threads(threads)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from vitlab.models import create_model, load_model, save_model
 
 TINY = Path(__file__).parent / "integration" / "tiny.yaml"
 ALONE = ("cluster.workers=0", "cluster.zero=null", "distill.epochs=1")
+pytestmark = pytest.mark.usefixtures("shared_home")
 
 
 def regnet(classes: int = 10) -> torch.nn.Module:
@@ -52,31 +51,6 @@ class Heard(Face):
         self.lines.append(text)
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Path:
-    """A home folder with the digits' shards in it."""
-    home = tmp_path_factory.mktemp("home")
-    shutil.copy(empty_database, home / "mlflow.db")
-    before = os.environ.get("VITLAB_HOME")
-    os.environ["VITLAB_HOME"] = str(home)
-    try:
-        exp = vitlab.read(TINY, ALONE)
-        with Run(exp, face=Face(quiet=True)) as run:
-            run.shards(exp.data)
-    finally:
-        os.environ.pop("VITLAB_HOME")
-        if before is not None:
-            os.environ["VITLAB_HOME"] = before
-    return home
-
-
-@pytest.fixture
-def place(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setenv("VITLAB_HOME", str(prepared))
-    return prepared
-
-
 def adopt(exp: Experiment, face: Face | None = None) -> tuple[Any, str, Shards]:
     """(artifact, outcome, shards) of one run."""
     face = face or Face(quiet=True)
@@ -89,7 +63,7 @@ def adopt(exp: Experiment, face: Face | None = None) -> tuple[Any, str, Shards]:
 # ---------------------------------------------------------------- into the chain
 
 
-def test_a_teacher_from_a_file(place: Path, tmp_path: Path) -> None:
+def test_a_teacher_from_a_file(tmp_path: Path) -> None:
     file = saved(tmp_path / "teacher.pth")
     exp = experiment(file)
     face = Heard()
@@ -111,7 +85,7 @@ def test_a_teacher_from_a_file(place: Path, tmp_path: Path) -> None:
     assert torch.equal(loaded.model.eval()(x), reference.eval()(x))
 
 
-def test_the_digest_of_the_weights_decides(place: Path, tmp_path: Path) -> None:
+def test_the_digest_of_the_weights_decides(tmp_path: Path) -> None:
     first, outcome, _ = adopt(experiment(saved(tmp_path / "a.pth")))
     again, second, _ = adopt(experiment((tmp_path / "a.pth").rename(tmp_path / "b.pth")))
     assert second == "hit", outcome
@@ -123,7 +97,7 @@ def test_the_digest_of_the_weights_decides(place: Path, tmp_path: Path) -> None:
     assert other.digest != first.digest
 
 
-def test_a_start_from_an_earlier_run(place: Path, tmp_path: Path) -> None:
+def test_a_start_from_an_earlier_run(tmp_path: Path) -> None:
     """`runs:/ID/model`; a fresh head; then fine-tuning starts from it."""
     first, _, _ = adopt(experiment(saved(tmp_path / "a.pth")))
     model = "{name: torchvision, arch: regnet_y_400mf, in_chans: 1}"
@@ -139,7 +113,7 @@ def test_a_start_from_an_earlier_run(place: Path, tmp_path: Path) -> None:
     assert ours.keys() - same == {"head.weight"}  # either bias is zero
 
 
-def test_a_run_by_the_first_letters_of_its_id(place: Path, tmp_path: Path) -> None:
+def test_a_run_by_the_first_letters_of_its_id(tmp_path: Path) -> None:
     first, _, _ = adopt(experiment(saved(tmp_path / "a.pth")))
     assert fetching.load(f"runs:/{first.run_id[:8]}/model").model.num_classes == 10
     for name in ("abc", "0123456789", "a'b%"):
@@ -150,7 +124,7 @@ def test_a_run_by_the_first_letters_of_its_id(place: Path, tmp_path: Path) -> No
         assert "\n" not in str(error.value)
 
 
-def test_a_model_folder_with_its_images(place: Path, tmp_path: Path) -> None:
+def test_a_model_folder_with_its_images(tmp_path: Path) -> None:
     model = create_model("torchvision", arch="regnet_y_400mf", in_chans=1, num_classes=10, image_size=8)
     labels = [str(n) for n in range(10)]
     folder = tmp_path / "model"
@@ -165,7 +139,7 @@ def test_a_model_folder_with_its_images(place: Path, tmp_path: Path) -> None:
         adopt(experiment(folder))
 
 
-def test_a_head_is_covered_by_the_prefix_of_its_part(place: Path, tmp_path: Path) -> None:
+def test_a_head_is_covered_by_the_prefix_of_its_part(tmp_path: Path) -> None:
     """CoAtNet's head is `head.fc`."""
     sizes = "stem_width: 8, dims: [8, 16, 32, 32], depths: [1, 1, 1, 1], in_chans: 1"
     model = create_model("coatnet_0", num_classes=3, image_size=8, **yaml.safe_load(f"{{{sizes}}}"))
@@ -181,7 +155,7 @@ def encoder(weights: object, *more: str, classes: str = ", num_classes: 0") -> E
     return vitlab.read(TINY, [*ALONE, f"adopt={{model: {{{VIT}{classes}}}, weights: '{weights}'}}", *more])
 
 
-def test_fresh_weights_are_those_of_the_seed(place: Path) -> None:
+def test_fresh_weights_are_those_of_the_seed() -> None:
     """What training starts from, with a head or without."""
     face = Heard()
     found, outcome, _ = adopt(encoder("fresh", classes=""), face)
@@ -196,7 +170,7 @@ def test_fresh_weights_are_those_of_the_seed(place: Path) -> None:
     assert (ran, other.digest != found.digest) == ("ran", True)
 
 
-def test_an_encoder_without_a_head(place: Path) -> None:
+def test_an_encoder_without_a_head() -> None:
     """Fresh, then adopted again by its address; a head in the weights is left out where that is said."""
     first, _, shards = adopt(encoder("fresh"))
     loaded = load_model(first.folder)
@@ -215,7 +189,7 @@ def test_an_encoder_without_a_head(place: Path) -> None:
 # ---------------------------------------------------------------- what is refused
 
 
-def test_another_number_of_classes(place: Path, tmp_path: Path) -> None:
+def test_another_number_of_classes(tmp_path: Path) -> None:
     file = saved(tmp_path / "thousand.pth", classes=1000)
     with pytest.raises(
         UserError, match=r"not one for the 10 classes of the shards; give adopt.replace=\[head\]"
@@ -224,7 +198,7 @@ def test_another_number_of_classes(place: Path, tmp_path: Path) -> None:
     assert adopt(experiment(file, "adopt.replace=[head]"))[1] == "ran"
 
 
-def test_weights_that_do_not_fit(place: Path, tmp_path: Path) -> None:
+def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"adopt\.weights: .*not the names of a Borrowed|do not fit") as error:
         adopt(experiment(saved(tmp_path / "a.pth"), arch="resnet18"))
     assert "\n" not in str(error.value)
@@ -232,7 +206,7 @@ def test_weights_that_do_not_fit(place: Path, tmp_path: Path) -> None:
         adopt(experiment(tmp_path / "none.pth"))
 
 
-def test_without_a_network(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*_: object, **__: object) -> None:
         raise OSError("Network is unreachable\nand more")
 
@@ -243,7 +217,7 @@ def test_without_a_network(place: Path, monkeypatch: pytest.MonkeyPatch) -> None
         adopt(experiment("hub"))
 
 
-def test_the_hub_names_its_weights(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_names_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = torch.load(saved(tmp_path / "a.pth"))
     known = {"mean": [0.485], "std": [0.229]}
     monkeypatch.setattr(adopting, "pretrained", lambda config, size: (state, known))

@@ -49,8 +49,8 @@ def test_what_cannot_be_compared(compare: str, line: str) -> None:
         trials(read(f"compare={compare}"))
 
 
-def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VITLAB_HOME", str(tmp_path))
+@pytest.mark.usefixtures("home")
+def test_the_table() -> None:
     exp = read(f"compare={{seeds: [0, 1], variants: {VARIANTS}}}", "finetune.epochs=2")
     console = Console(record=True, width=120, quiet=True)
     with vitlab.Run(exp, "train_then_evaluate", face=Face(console)) as run:
@@ -75,8 +75,8 @@ def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(labels) == 8
 
 
-def test_a_chain_that_evaluates_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VITLAB_HOME", str(tmp_path))
+@pytest.mark.usefixtures("home")
+def test_a_chain_that_evaluates_nothing() -> None:
     with (
         pytest.raises(UserError, match="evaluates nothing"),
         vitlab.Run(read("compare={}"), "notebook", face=Face(quiet=True)) as run,

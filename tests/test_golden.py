@@ -25,9 +25,8 @@ TINY = Path(__file__).parent / "integration" / "tiny.yaml"
 STAGES = ("pretrain", "finetune", "distill")
 
 
-def chain(home: Path) -> dict[str, Any]:
+def chain() -> dict[str, Any]:
     """The tiny chain in this process; the curves that it leaves in the store."""
-    os.environ["VITLAB_HOME"] = str(home)
     threads = torch.get_num_threads()
     exp = vitlab.read(TINY, ["cluster.workers=0", "cluster.zero=null"])
     with vitlab.Run(exp, "notebook", face=Face(quiet=True)) as run:
@@ -36,30 +35,22 @@ def chain(home: Path) -> dict[str, Any]:
         model = run.finetune(exp.need("finetune"), data=shards, init=encoder)
         run.distill(exp.need("distill"), data=shards, teacher=model)
     torch.set_num_threads(threads)
-    store = Store(TrackingConfig(), home)
     curves: dict[str, Any] = {}
     for stage in STAGES:
-        (found,) = store.find({"vitlab.stage": stage})
-        history = store.client.get_metric_history(found.run_id, "train/loss")
+        (found,) = run.store.find({"vitlab.stage": stage})
+        history = run.store.client.get_metric_history(found.run_id, "train/loss")
         curves[stage] = {"revision": REVISION[stage], "loss": [[p.step, p.value] for p in history]}
     return curves
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    home = tmp_path_factory.mktemp("golden")
-    before = os.environ.get("VITLAB_HOME")
-    try:
-        return home, chain(home)
-    finally:
-        os.environ.pop("VITLAB_HOME")
-        if before is not None:
-            os.environ["VITLAB_HOME"] = before
+def ran(shared_home: Path) -> dict[str, Any]:
+    return chain()
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_curve_is_the_golden_one(ran: tuple[Path, dict[str, Any]], stage: str) -> None:
-    ours, golden = ran[1][stage], json.loads(GOLDEN.read_text())[stage]
+def test_the_curve_is_the_golden_one(ran: dict[str, Any], stage: str) -> None:
+    ours, golden = ran[stage], json.loads(GOLDEN.read_text())[stage]
     assert ours["revision"] == golden["revision"], "REVISION was raised: write the new curves, see above"
     assert [step for step, _ in ours["loss"]] == [step for step, _ in golden["loss"]]
     # Another kind of processor rounds otherwise; a change of the mathematics moves a curve far more.
@@ -67,12 +58,9 @@ def test_the_curve_is_the_golden_one(ran: tuple[Path, dict[str, Any]], stage: st
     assert apart < 2e-4, f"the curve of {stage} moved by {apart}: raise its REVISION if that is meant"
 
 
-def test_a_model_is_loaded_by_its_address(
-    ran: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    home, _ = ran
-    monkeypatch.setenv("VITLAB_HOME", str(home))
-    (found,) = Store(TrackingConfig(), home).find({"vitlab.stage": "distill"})
+@pytest.mark.usefixtures("ran")
+def test_a_model_is_loaded_by_its_address(shared_home: Path) -> None:
+    (found,) = Store(TrackingConfig(), shared_home).find({"vitlab.stage": "distill"})
     loaded = vitlab.load(f"runs:/{found.run_id}/model")
     assert not loaded.model.training
     assert loaded.labels == [str(n) for n in range(10)]
@@ -84,4 +72,5 @@ def test_a_model_is_loaded_by_its_address(
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch:
         GOLDEN.parent.mkdir(exist_ok=True)
-        GOLDEN.write_text(json.dumps(chain(Path(scratch))).replace("}, ", "},\n") + "\n")
+        os.environ["VITLAB_HOME"] = scratch
+        GOLDEN.write_text(json.dumps(chain()).replace("}, ", "},\n") + "\n")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,26 +67,6 @@ def test_which_figure_stands_for_a_stage() -> None:
 # ---------------------------------------------------------------- the stages
 
 
-class Heard(Face):
-    def __init__(self) -> None:
-        super().__init__(quiet=True)
-        self.lines: list[str] = []
-
-    def print(self, text: str = "") -> None:
-        self.lines.append(text)
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("home")
-    shutil.copy(empty_database, folder / "mlflow.db")
-    patch = pytest.MonkeyPatch()
-    patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    patch.setenv("VITLAB_HOME", str(folder))
-    yield folder
-    patch.undo()
-
-
 def trained(*more: str) -> tuple[Artifact, dict[str, float], dict[str, list[int]]]:
     """(model, last figures, the steps of each figure) of a pretraining."""
     exp = vitlab.read(TINY, [*ALONE, *more])
@@ -100,7 +78,7 @@ def trained(*more: str) -> tuple[Artifact, dict[str, float], dict[str, list[int]
 
 
 @pytest.fixture(scope="module")
-def probed(place: Path) -> tuple[Artifact, dict[str, float], dict[str, list[int]]]:
+def probed(shared_home: Path) -> tuple[Artifact, dict[str, float], dict[str, list[int]]]:
     return trained("pretrain.probe.every=2")
 
 
@@ -109,7 +87,7 @@ def test_figures_come_at_their_epochs_and_at_the_end(probed: Any) -> None:
     for name in NAMES:
         assert steps[name] == [18, 27], "9 steps an epoch: after the second and the last"
     assert steps["val/loss"] == [9, 18, 27]
-    assert 0.1 < metrics["probe/linear_top1"] <= 1
+    assert 0.3 < metrics["probe/linear_top1"] <= 1
     assert 1 <= metrics["probe/rank"] <= 32
 
 
@@ -121,7 +99,7 @@ def test_probes_are_no_part_of_the_key(probed: Any) -> None:
 def evaluated(model: Artifact, *more: str) -> tuple[dict[str, float], Path, Path]:
     """(figures, report, pictures) of an evaluation."""
     exp = vitlab.read(TINY, [*ALONE, *more])
-    with Run(exp, face=Heard()) as run:
+    with Run(exp, face=Face(quiet=True)) as run:
         report = run.evaluate(exp.evaluate, data=run.shards(exp.data), model=model)
         pictures = run.store.download(report.run_id, "pictures")
         assert pictures is not None
@@ -145,7 +123,7 @@ def test_few_labels(probed: Any) -> None:
     assert metrics["eval/lowshot_1_std"] > 0
 
 
-def test_a_classifier_answers_itself_and_is_judged_if_asked(place: Path) -> None:
+def test_a_classifier_answers_itself_and_is_judged_if_asked(shared_home: Path) -> None:
     exp = vitlab.read(TINY, [*ALONE, "finetune.epochs=1", "tune=null", "evaluate.knn=5"])
     with Run(exp, face=Face(quiet=True)) as run:
         shards = run.shards(exp.data)
