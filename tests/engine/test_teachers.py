@@ -7,13 +7,12 @@ is computed by hand here in float64, or with torch's own AdamW.
 from __future__ import annotations
 
 import math
-import shutil
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from world import Follower, batches, launch
+from world import Follower, batches, launch, states_apart
 
 from vitlab.dist import World
 from vitlab.engine.loop import LoopConfig
@@ -58,22 +57,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         found = {}
         for way, how in ways.items():
             for when in CUTS:
-                here = folder / f"{source or way} {when}, {way}"
-                shutil.copytree(folder / f"{source or way} {when}", here)
-                found[f"{source}{way}, resumed {when}"] = spec(**how, checkpoints=str(here))
+                left = folder / f"{source or way} {when}"
+                here = {"copy_of": str(left), "checkpoints": f"{left}, {way}"}
+                found[f"{source}{way}, resumed {when}"] = spec(**how, **here)
         return found
 
-    whole = {way: spec(**how) for way, how in WAYS.items()}
     found = launch(1, {"plain": spec(zero=None)} | cut(plain), folder)
-    found |= launch(2, whole | cut(WAYS), folder)
+    whole = {way: spec(**how) for way, how in WAYS.items()}
     crossed = {way: WAYS[way] for way in CROSSED}
-    found |= launch(2, again(WAYS) | again(crossed, "plain") | again(crossed, "zero 3, persist 60"), folder)
+    elsewhere = again(crossed, "plain") | again(crossed, "zero 3, persist 60")
+    found |= launch(2, whole | cut(WAYS) | again(WAYS) | elsewhere, folder)
     return found | launch(1, again(plain) | again(plain, "zero 3, persist 0"), folder)
-
-
-def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], prefix: str = "") -> float:
-    assert a.keys() == b.keys()
-    return max(float((a[n].double() - t.double()).abs().max()) for n, t in b.items() if n.startswith(prefix))
 
 
 @pytest.mark.parametrize("way", ["plain", *WAYS])
@@ -101,7 +95,7 @@ def test_averages_are_those_of_hand(runs: dict[str, Any], way: str) -> None:
 def test_every_way_is_plain(runs: dict[str, Any], way: str) -> None:
     """Also of what stays whole beside its shard at stage 3: the curve is made of the copies."""
     for ours, theirs in zip(runs[way]["history"], runs["plain"]["history"], strict=True):
-        assert apart(ours, theirs) < 1e-6
+        assert states_apart(ours, theirs) < 1e-6
     for (_, ours), (_, theirs) in zip(runs[way]["points"], runs["plain"]["points"], strict=True):
         assert abs(ours["train/loss"] - theirs["train/loss"]) < 1e-6
 
@@ -113,7 +107,7 @@ def test_resumed_to_the_bit(runs: dict[str, Any], way: str, when: str) -> None:
     left = STEPS - CUTS[when] // 4 * 4
     assert len(resumed["points"]) == left
     for ours, theirs in zip(resumed["history"][1:], runs[way]["history"][-left:], strict=True):
-        assert apart(ours, theirs) == 0
+        assert states_apart(ours, theirs) == 0
 
 
 @pytest.mark.parametrize("when", CUTS)
@@ -125,18 +119,19 @@ def test_resumed_to_the_bit(runs: dict[str, Any], way: str, when: str) -> None:
     ],
 )
 def test_resumed_elsewhere(runs: dict[str, Any], way: str, when: str) -> None:
-    assert apart(runs[f"{way}, resumed {when}"]["state"], runs["plain"]["state"]) < 1e-6
+    assert states_apart(runs[f"{way}, resumed {when}"]["state"], runs["plain"]["state"]) < 1e-6
 
 
 @pytest.mark.parametrize("way", ["plain", *WAYS])
 def test_late_parameters_are_torchs_of_an_optimizer_that_begins_there(runs: dict[str, Any], way: str) -> None:
     history, reference = runs[way]["history"], by_torch()
+    late = [{name: state[name] for name in state if name.startswith(Follower.late)} for state in history]
     for step in range(FIRST + 1):
-        assert apart(history[step], history[0], f"{Follower.late}") == 0
-    assert apart(history[FIRST + 1], history[0], Follower.late) > 1e-4
+        assert states_apart(late[step], late[0]) == 0
+    assert states_apart(late[FIRST + 1], late[0]) > 1e-4
     for state, theirs in zip(history[1:], reference, strict=True):
         ours = {name: state[name] for name in theirs}
-        assert apart(ours, theirs) < 1e-6
+        assert states_apart(ours, theirs) < 1e-6
 
 
 @cache

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter
+from torch import Tensor
 
 from vitlab.batch import Batch, View, derived, uniform
 from vitlab.dist import World, world_of_group
@@ -200,6 +202,10 @@ METHODS: dict[str, Callable[[], Method]] = {
 
 
 def run(spec: dict[str, Any], world: World) -> dict[str, Any] | None:
+    """One training. `copy_of`: the checkpoints of an earlier run, from which it goes on in its own folder."""
+    if spec.get("copy_of") and world.first:
+        shutil.copytree(spec["copy_of"], spec["checkpoints"])
+    world.barrier()
     torch.manual_seed(0)
     method = METHODS[spec["method"]]()
     config = LoopConfig.model_validate(spec["config"])
@@ -252,10 +258,10 @@ def spawn(program: str, workers: int, jobs: dict[str, Any], folder: Path) -> dic
         )
         for rank in range(workers)
     ]
-    outputs = [child.communicate(timeout=400)[0] for child in children]
+    outputs = [child.communicate(timeout=900)[0] for child in children]
     for child, output in zip(children, outputs, strict=True):
         assert child.returncode == 0, output[-4000:]
-    found: dict[str, Any] = torch.load(out, weights_only=True)
+    found: dict[str, Any] = torch.load(out, weights_only=True, mmap=True)  # some keep it for a whole session
     return found
 
 
@@ -294,14 +300,31 @@ def fitted(
     return {"points": notes.points, "state": state}
 
 
-def apart(a: Any, b: Any, names: tuple[str, ...] = ("train/loss",)) -> tuple[float, float]:
-    """Largest differences of two runs: of figures, over the last steps that both have, and of the state."""
-    assert a["state"].keys() == b["state"].keys()
-    state = max(float((a["state"][n].double() - t.double()).abs().max()) for n, t in b["state"].items())
+# A gradient scaled by a constant shows in its norm alone: AdamW's steps are the same.
+FIGURES = ("train/loss", "train/grad_norm")
+
+
+def apart(
+    a: Any, b: Any, names: Iterable[str] = ("train/loss",), without: tuple[str, ...] = ()
+) -> tuple[float, float]:
+    """Largest differences of two runs: of figures, over the last steps that both have, and of the state.
+
+    Figures above one count by their ratio: norms of gradients are of any size.
+    """
     ours, theirs = dict(a["points"]), dict(b["points"])
     shared = ours.keys() & theirs.keys()
     assert shared in (ours.keys(), theirs.keys())
-    return max(abs(ours[step][name] - theirs[step][name]) for step in shared for name in names), state
+    pairs = ((ours[step][name], theirs[step][name]) for name in names for step in shared)
+    ratios = [abs(one - other) / max(1.0, abs(other)) for one, other in pairs]
+    figures = float(torch.tensor(ratios, dtype=torch.float64).max())  # NaN if one is: it is below nothing
+    return figures, states_apart(a["state"], b["state"], without)
+
+
+def states_apart(a: dict[str, Tensor], b: dict[str, Tensor], without: tuple[str, ...] = ()) -> float:
+    """Largest difference of two states, leaving out names with such an end."""
+    assert a.keys() == b.keys()
+    names = [name for name in a if not name.endswith(without)]
+    return float(torch.stack([(a[name].double() - b[name].double()).abs().max() for name in names]).max())
 
 
 if __name__ == "__main__":
