@@ -109,7 +109,7 @@ def test_a_lock_has_one_holder_and_dies_with_it(tmp_path: Path) -> None:
         assert mine
         with locked(path, wait=False) as again:
             assert not again
-    assert time.monotonic() - begin < 1
+    assert time.monotonic() - begin < 10  # not the 60 s that the dead one would have held it
     with locked(path, wait=False) as mine:
         assert mine
 
