@@ -248,6 +248,8 @@ def _run(given: argparse.Namespace) -> None:
 
 def _bench(given: argparse.Namespace) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
+    import torch
+
     from vitlab.bench import MemoryOptions, StepOptions, bench_memory, bench_step, print_rows, write_json
     from vitlab.dist import device
     from vitlab.face import Face
@@ -273,7 +275,8 @@ def _bench(given: argparse.Namespace) -> None:
     title = f"bench {given.what} · {precision} · batch {how.batch} · {how.threads} threads"
     print_rows(title, rows)
     if given.json is not None:
-        write_json(given.json, given.what, rows, device(0))
+        place = torch.device("cpu") if given.what == "memory" else device(0)
+        write_json(given.json, given.what, rows, place, how.threads)
 
 
 def _export(given: argparse.Namespace) -> None:

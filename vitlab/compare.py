@@ -62,7 +62,7 @@ class Figures(NamedTuple):
 
 def percent(figure: str) -> bool:
     """Whether a figure is a share of images."""
-    return "top" in figure
+    return "top" in figure or figure.startswith("lowshot_")
 
 
 def trials(experiment: Experiment) -> list[Trial]:

@@ -17,7 +17,7 @@ from vitlab.engine.launch import ClusterConfig
 from vitlab.evaluation import EvaluateConfig
 from vitlab.evaluation.attention import layers_of
 from vitlab.methods import METHODS
-from vitlab.models import ModelConfig, from_config
+from vitlab.models import TOKENIZERS, ModelConfig, from_config
 from vitlab.sections import AdoptConfig, CompareConfig, TrainConfig, TuneConfig, changed
 from vitlab.tracking import TrackingConfig
 
@@ -83,10 +83,10 @@ def _problems(experiment: Experiment) -> Iterator[str]:
         section = getattr(experiment, name)
         if section is not None:
             yield from _stage_problems(name, section, data, max(1, cluster.workers))
-        if section is not None and experiment.evaluate.attention and name in ("finetune", "distill"):
-            yield from _unseen(name, section.model, data.image_size)
     if experiment.adopt is not None:
         yield from _model_problems("adopt", experiment.adopt.model, data)
+    if experiment.evaluate.attention:
+        yield from _unseen(experiment)
     yield from _unguided(experiment)
     if experiment.tune is not None:
         yield from _tune_problems(experiment.tune, experiment)
@@ -97,21 +97,25 @@ def _unguided(experiment: Experiment) -> Iterator[str]:
     stage = experiment.pretrain
     if stage is None or METHODS[stage.method.name].guide != "tokenizer":
         return
-    if experiment.tokenizer is None and experiment.adopt is None:
+    adopt = experiment.adopt
+    if experiment.tokenizer is None and (adopt is None or type(adopt.model) not in TOKENIZERS):
         yield (
             f"pretrain.method.name: given {stage.method.name!r}, which needs a tokenizer; add the section "
             "tokenizer as in experiments/digits_beit.yaml, or adopt with weights of one"
         )
 
 
-def _unseen(name: str, model: ModelConfig, side: int) -> Iterator[str]:
-    """Whether attention can be drawn is tried on a model without memory."""
-    try:
-        with torch.device("meta"):
-            made = from_config(model, num_classes=1, image_size=side).eval()
-        layers_of(lambda images, want: made(images, want), made)
-    except UserError as error:
-        yield f"{name}.model.name: given {model.name!r}; {error}"
+def _unseen(experiment: Experiment) -> Iterator[str]:
+    """Whether attention can be drawn is tried on models without memory: those that a chain evaluates."""
+    ends = {name: getattr(experiment, name) for name in ("finetune", "distill", "pretrain", "adopt")}
+    given = {name: section.model for name, section in ends.items() if section is not None}
+    for name in [name for name in ("finetune", "distill") if name in given] or list(given)[:1]:
+        try:
+            with torch.device("meta"):
+                made = from_config(given[name], num_classes=1, image_size=experiment.data.image_size).eval()
+            layers_of(made, made)
+        except UserError as error:
+            yield f"{name}.model.name: given {given[name].name!r}; {error}"
 
 
 def _worker_problems(key: str, workers: int, data: ShardsConfig) -> Iterator[str]:
@@ -172,9 +176,15 @@ def _augment_problems(key: str, stage: TrainConfig, streams: int, workers: int) 
     if not method.one_view and not augment.crops:
         yield (
             f"{key}.name: given {augment.name!r}; {stage.method.name} compares random views of an image; "
-            f"allowed: dino, msn, or set {key}.crop_scale"
+            f"allowed: {stage.method.name}, or set {key}.crop_scale"
         )
     names = method.view_names(stage.method)
+    possible = method.view_names(type(stage.method)())  # where a count of this one is 0, too
+    if not method.one_view and not augment.serves([*names, *possible]):
+        yield (
+            f"{key}.name: given {augment.name!r}, which is for other views than {stage.method.name} has "
+            f"({', '.join(names)}); allowed: {stage.method.name}, none and the like"
+        )
     for view in augment.unknown_views(names):
         yield f"{key}.views: given {view!r}; {stage.method.name} has the views {', '.join(names)}"
     if not augment.mixes:

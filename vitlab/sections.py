@@ -101,5 +101,8 @@ def changed(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
             at = at.setdefault(name, {})
             if not isinstance(at, dict):
                 raise UserError(f"{key}: unknown key; {name} holds {show(at)}, no keys")
+        if parents and leaf == "name" and at.get(leaf, value) != value:  # it would keep the other's values
+            whole = f"{'.'.join(parents)}: {{name: {value}, …}}"
+            raise UserError(f"{key}: given {value!r} in place of {at[leaf]!r}; give all of it, {whole}")
         at[leaf] = value
     return out

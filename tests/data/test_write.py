@@ -70,6 +70,10 @@ def test_the_files_of_mnist(tmp_path: Path) -> None:
         write_idx(tmp_path / f"{name}-images-idx3-ubyte{end}", pixels, packed)
         write_idx(tmp_path / f"{name}-labels-idx1-ubyte{end}", labels, packed)
         wanted += list(zip(pixels, labels.tolist(), strict=True))
+        if packed:  # beside its unpacked self it is no second file, and half a download is none
+            write_idx(tmp_path / f"{name}-images-idx3-ubyte", pixels, packed=False)
+            write_idx(tmp_path / f"{name}-labels-idx1-ubyte", labels, packed=False)
+            (tmp_path / f"{name}-images-idx3-ubyte.gz.part").write_bytes(b"")
     found = open_source(f"idx:{tmp_path}")
     assert (found.total, found.classes()) == (8, ["0", "1", "2"])
     for sample, (pixels, label) in zip(rows_of(found), wanted, strict=True):

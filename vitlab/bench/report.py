@@ -43,13 +43,13 @@ def alternate(ours: Seconds, theirs: Seconds, rounds: int) -> tuple[float, float
     return statistics.median(found[ours]), statistics.median(found[theirs])
 
 
-def machine(device: torch.device) -> dict[str, Any]:
+def machine(device: torch.device, threads: int) -> dict[str, Any]:
     """What the figures depend on."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "gpu": gpu,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -63,8 +63,8 @@ def _cpu() -> str:
     return names[0] if names else platform.machine()
 
 
-def write_json(path: Path, bench: str, rows: Sequence[Row], device: torch.device) -> None:
-    tree = {"bench": bench, "machine": machine(device), "rows": [asdict(row) for row in rows]}
+def write_json(path: Path, bench: str, rows: Sequence[Row], device: torch.device, threads: int) -> None:
+    tree = {"bench": bench, "machine": machine(device, threads), "rows": [asdict(row) for row in rows]}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(tree, indent=2) + "\n", "utf8")
 

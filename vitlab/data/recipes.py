@@ -165,12 +165,21 @@ class AugmentConfig(ViewRecipe):
         return self._changed(changes)
 
     def unknown_views(self, views: list[str]) -> list[str]:
-        """Names that stand under `views` here, but neither in the preset nor among a method's views."""
-        known = {*views, *(name.partition("/")[0] for name in views), *PRESETS[self.name].get("views", {})}
-        return [name for name in self.views if name not in known]
+        """Names under `views` that are none of a method's views, but for what the preset has of itself."""
+        known, preset = _names(views), PRESETS[self.name].get("views", {})
+        return [n for n, changes in self.views.items() if n not in known and changes != preset.get(n)]
+
+    def serves(self, views: list[str]) -> bool:
+        """Whether the preset, if it tells views apart, has one of these."""
+        return not (own := PRESETS[self.name].get("views")) or bool(_names(views) & own.keys())
 
     def _changed(self, changes: dict[str, Any]) -> ViewRecipe:
         return build(ViewRecipe, {name: getattr(self, name) for name in ViewRecipe.model_fields} | changes)
+
+
+def _names(views: list[str]) -> set[str]:
+    """What a view can be called: `global/0`, and with all of its kind `global`."""
+    return {*views, *(name.partition("/")[0] for name in views)}
 
 
 def _crops(changes: dict[str, Any]) -> bool:

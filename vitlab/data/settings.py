@@ -40,6 +40,8 @@ class ShardsConfig(Config):
             raise ValueError(
                 f"give exactly one of source (to write shards) and path (existing ones); given {given}"
             )
+        if self.path is not None and self.limit is not None:
+            raise ValueError(f"limit: given {self.limit}; it is for a source, shards in path are read whole")
         if self.held_out + self.val >= 1:
             raise ValueError(
                 f"held_out + val: given {self.held_out} + {self.val}; "

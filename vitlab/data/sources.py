@@ -55,9 +55,12 @@ def digits() -> Source:
 def idx(path: Path) -> Source:
     """`NAME-images-idx3-ubyte` beside `NAME-labels-idx1-ubyte`, or `….gz`: MNIST and its like.
 
-    Every pair in the directory is read, in the order of their names reversed: `train` before `t10k`.
+    Every pair in the directory is read, in the order of their names reversed: `train` before `t10k`. What
+    lies there packed and unpacked is read once.
     """
-    found = sorted(path.glob("*-images-idx3-ubyte*"), reverse=True) if path.is_dir() else []
+    packed, plain = (path.glob(f"*-images-idx3-ubyte{end}") for end in (".gz", ""))
+    files = {file.name.removesuffix(".gz"): file for file in (*packed, *plain)}
+    found = [files[name] for name in sorted(files, reverse=True)]
     if not found:
         raise UserError(f"data.source: {path}: no NAME-images-idx3-ubyte[.gz] in it; give their directory")
     pairs = [(_idx(file), _idx(_labels_of(file))) for file in found]

@@ -29,6 +29,7 @@ from vitlab.engine.strategy import (
     fill_states,
     kept,
     moments,
+    move,
 )
 from vitlab.methods.base import TINY, Average, Losses, Method
 
@@ -108,13 +109,13 @@ class Zero:
 
     @torch.no_grad()
     def average(self, average: Average) -> None:
+        if self.stage < 3:
+            move(average)
+            return
         momentum = average.momentum
         old: Any  # a parameter with what DeepSpeed adds to it
         new: Any
         for old, new in zip(average.target.parameters(), average.source.parameters(), strict=True):
-            if self.stage < 3:
-                old.lerp_(new, 1 - momentum)
-                continue
             if _gathered(old):  # below the persistence threshold the whole stays here beside the shard
                 old.lerp_(new, 1 - momentum)
             if old.ds_tensor.data_ptr() != old.data_ptr():  # on one worker both may be the same memory

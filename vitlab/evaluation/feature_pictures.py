@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vitlab.evaluation.pictures import blank_figure, shortened
+from vitlab.evaluation.pictures import blank_figure, draw_image, shortened
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 RIGHT, WRONG, UNKNOWN = "#2e8b57", "#c0392b", "#999999"
@@ -36,7 +35,7 @@ def neighbours_figure(rows: list[Row], labels: list[str], title: str) -> Figure:
         for c, label in enumerate(row.labels):
             axes = figure.add_subplot(grid[r, c + (c > 0)])
             name = shortened(labels[label]) if label >= 0 else "no label"
-            _image(axes, row.images[c])
+            draw_image(axes, row.images[c])
             if c == 0:
                 axes.set_title(name, fontsize=8, pad=3, fontweight="bold")
                 axes.spines[:].set_color("#333333")
@@ -48,13 +47,6 @@ def neighbours_figure(rows: list[Row], labels: list[str], title: str) -> Figure:
             axes.set_title(f"{name} · {row.similarity[c - 1]:.2f}", fontsize=7, pad=3, color=color)
     figure.suptitle(title, fontsize=10)
     return figure
-
-
-def _image(axes: Axes, image: Tensor) -> None:
-    axes.set_xticks([])
-    axes.set_yticks([])
-    pixels = image.detach().float().cpu().clamp(0, 1).permute(1, 2, 0).squeeze(-1).numpy()
-    axes.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
 
 
 def principal(features: Tensor) -> tuple[Tensor, Tensor]:

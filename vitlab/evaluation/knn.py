@@ -20,7 +20,7 @@ from torch.nn.functional import normalize
 from vitlab.evaluation.features import Found
 
 TEMPERATURE = 0.07
-CHUNK = 2**24  # similarities and votes held at a time: 64 MiB
+CHUNK = 2**24  # similarities held at a time: 64 MiB
 
 
 class Neighbours(NamedTuple):

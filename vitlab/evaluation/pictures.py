@@ -82,11 +82,7 @@ def reconstruction_figure(original: Tensor, masked: Tensor | None, painted: Tens
     for r, (name, images) in enumerate(rows):
         for c in range(count):
             axes = figure.add_subplot(grid[r, c])
-            axes.set_xticks([])
-            axes.set_yticks([])
-            axes.spines[:].set_color("#cccccc")
-            pixels = images[c].detach().float().cpu().clamp(0, 1).permute(1, 2, 0)
-            axes.imshow(pixels.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            draw_image(axes, images[c])
             if name == "visible":
                 hidden = (images[c] - original[c]).abs().amax(0) > 0
                 _hatch(axes, hidden)
@@ -104,15 +100,20 @@ def augmentation_figure(views: dict[str, Tensor], title: str) -> Figure:
     for c, (name, images) in enumerate(views.items()):
         for r in range(rows):
             axes = figure.add_subplot(grid[r, c])
-            axes.set_xticks([])
-            axes.set_yticks([])
-            axes.spines[:].set_color("#cccccc")
-            pixels = images[r].detach().float().cpu().clamp(0, 1).permute(1, 2, 0)
-            axes.imshow(pixels.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            draw_image(axes, images[r])
             if r == 0:
                 axes.set_title(f"{name}\n{images.shape[-1]} px", fontsize=8)
     figure.suptitle(title, fontsize=10)
     return figure
+
+
+def draw_image(axes: Axes, image: Tensor) -> None:
+    """C H W, values in 0..1."""
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_color("#cccccc")
+    pixels = image.detach().float().cpu().clamp(0, 1).permute(1, 2, 0).squeeze(-1)
+    axes.imshow(pixels.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
 
 
 def _hatch(axes: Axes, hidden: Tensor) -> None:

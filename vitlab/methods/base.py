@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any, ClassVar, Literal, NamedTuple, Self, overload
@@ -11,8 +12,7 @@ from torch import Tensor, nn
 
 from vitlab.batch import Batch, View
 from vitlab.dist import summed
-from vitlab.models import FAMILIES, Backbone, BackboneConfig
-from vitlab.models.parts.norm import BatchNorm2d
+from vitlab.models import FAMILIES, Backbone, BackboneConfig, ViTConfig
 
 TINY = 1e-12  # a global batch without any weight has the mean 0, not 0/0
 
@@ -180,14 +180,6 @@ def frozen(model: nn.Module) -> Any:
     return deepcopy(model).requires_grad_(False).eval()
 
 
-def watching(module: nn.Module, mode: bool) -> None:
-    """Sets a momentum teacher: no drop path, no dropout, BatchNorm sees its batches, as in DINO's code."""
-    module.eval()
-    for part in module.modules():
-        if isinstance(part, BatchNorm2d):
-            part.train(mode)
-
-
 def batch_mean(values: Tensor, weight: Tensor) -> Tensor:
     """B … → …: the mean over the global batch. Each worker's gradient is that of its own samples, whole."""
     local: Tensor = torch.tensordot(weight.to(values.dtype), values, dims=1)
@@ -208,3 +200,19 @@ def batch_term(term: Tensor, weight: Tensor) -> Tensor:
 def full(x: Tensor) -> Tensor:
     """At least float32: losses and softmaxes are never computed in half precision."""
     return x.float() if x.dtype.itemsize < 4 else x
+
+
+# ------------------------------------------------------------ what masked methods refuse
+
+
+def relative_problems(name: str, method: str, model: Any) -> Iterator[str]:
+    """Tables of relative positions are for all patches of an image, none left out."""
+    relative = getattr(model, "relative", "none")
+    if isinstance(model, ViTConfig) and relative != "none":
+        given = f"given {relative!r}, whose tables are for all patches of an image"
+        yield f"{name}.model.relative: {given}; {method} leaves some of them out, allowed: none"
+
+
+def visible_at_most(parts: int) -> str:
+    """The largest ratio, to three places, that leaves one of so many parts visible."""
+    return f"{math.floor((1 - 1 / parts) * 1000) / 1000:g}"

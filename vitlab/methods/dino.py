@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -38,9 +38,10 @@ from torch import Tensor, nn
 from vitlab.batch import Batch, View, derived
 from vitlab.config import Config
 from vitlab.dist import summed
-from vitlab.methods.base import TINY, Average, Losses, Method, Moment, frozen, full, watching
+from vitlab.methods.base import TINY, Losses, Moment, full
 from vitlab.methods.crops import size_problems, small_size
 from vitlab.methods.heads import DINOHead, pooled_width
+from vitlab.methods.siamese import Siamese
 from vitlab.models import Backbone
 
 GLOBAL = 2  # views that the teacher sees
@@ -80,11 +81,7 @@ class DINOConfig(Config):
         return 1 - (1 - self.momentum) * (1 + math.cos(math.pi * now.progress)) / 2
 
 
-class DINO(Method):
-    """Owns the student (`model`, `head`) and its average (`teacher`, `teacher_head`)."""
-
-    headless = True
-    one_view = False
+class DINO(Siamese):
     center: Tensor
     spread: Tensor
 
@@ -95,7 +92,7 @@ class DINO(Method):
         dims = (pooled_width(model), config.hidden_dim, config.bottleneck_dim, config.out_dim)
         how = {"norm_last_layer": config.norm_last_layer, "batch_norm": config.head_batch_norm}
         self.head = DINOHead(dims, config.head_layers, **how)
-        self.teacher, self.teacher_head = frozen(self.model), frozen(self.head)
+        self.add_teacher()
         self.register_buffer("center", torch.zeros(config.out_dim))
         self.register_buffer("spread", torch.zeros(()))
         self.sums: Tensor | None = None  # over a step's micro-batches: Σt (K), Σp (K), Σ entropy, how many
@@ -114,12 +111,6 @@ class DINO(Method):
     def views(self) -> list[View]:
         names = self.view_names(self.config)
         return [View(n, self.image_size if n.startswith("global") else self.local_size) for n in names]
-
-    def train(self, mode: bool = True) -> Self:
-        super().train(mode)
-        watching(self.teacher, mode)
-        watching(self.teacher_head, mode)
-        return self
 
     def before_step(self, now: Moment) -> None:
         self.now = now
@@ -187,16 +178,8 @@ class DINO(Method):
         same = f"the teacher says the same of every image (spread {spread:.1g})"
         return f"collapse: {same}, {how} or a higher momentum"
 
-    def averages(self) -> list[Average]:
-        pairs = ((self.teacher, self.model), (self.teacher_head, self.head))
-        return [Average(old, new, self.momentum) for old, new in pairs]
-
     def starts(self) -> dict[str, float]:
         return {"head.last_layer.": self.config.freeze_last_layer}
 
     def no_decay(self) -> set[str]:
         return set()
-
-    def export(self) -> Backbone:
-        chosen: Backbone = self.teacher if self.config.export == "teacher" else self.model
-        return chosen

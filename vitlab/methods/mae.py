@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from vitlab.batch import Batch, uniform
 from vitlab.config import Config
-from vitlab.methods.base import Losses, Method, full
+from vitlab.methods.base import Losses, Method, full, relative_problems, visible_at_most
 from vitlab.models import ViT, ViTConfig
 from vitlab.models.parts.transformer import Block, cut, pick, sincos
 from vitlab.models.vit import init_linears
@@ -76,16 +76,13 @@ class MAE(Method):
     @classmethod
     def problems(cls, name: str, config: MAEConfig, model: Any, side: int) -> Iterator[str]:
         yield from super().problems(name, config, model, side)
-        if isinstance(model, ViTConfig) and model.relative != "none":
-            given = f"given {model.relative!r}, whose tables are for all patches of an image"
-            yield f"{name}.model.relative: {given}; mae leaves most of them out, allowed: none"
+        yield from relative_problems(name, "mae", model)
         patches = math.prod(model.grid((side, side))) if isinstance(model, ViTConfig) else 0
         visible = int(patches * (1 - config.mask_ratio))
         if patches and visible in (0, patches):
             what = "every patch" if visible else "no patch"
-            most = math.floor((1 - 1 / patches) * 1000) / 1000
             smaller = f"none, give a smaller {name}.model.patch_size"
-            allowed = f"above 0, at most {most:g}" if patches > 1 else smaller
+            allowed = f"above 0, at most {visible_at_most(patches)}" if patches > 1 else smaller
             given = f"given {config.mask_ratio}, which leaves {what} of {patches} visible"
             yield f"{name}.method.mask_ratio: {given}; allowed: {allowed}"
 

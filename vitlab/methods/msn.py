@@ -29,7 +29,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -41,18 +41,17 @@ from vitlab.batch import Batch, View, derived, uniform
 from vitlab.config import Config
 from vitlab.dist import summed
 from vitlab.methods.base import (
-    Average,
     Losses,
-    Method,
     Moment,
     batch_mean,
     batch_term,
-    frozen,
     full,
-    watching,
+    relative_problems,
+    visible_at_most,
 )
 from vitlab.methods.crops import size_problems, small_size
 from vitlab.methods.heads import pooled_width
+from vitlab.methods.siamese import Siamese
 from vitlab.models import ViT, ViTConfig
 from vitlab.models.parts.norm import BatchNorm1d
 from vitlab.models.vit import init_linears
@@ -95,10 +94,8 @@ class Prototypes(nn.Module):
             return F.normalize(full(x), dim=-1) @ F.normalize(self.weight, dim=-1).T
 
 
-class MSN(Method):
-    headless = True
+class MSN(Siamese):
     takes = (ViTConfig,)
-    one_view = False
     model: ViT
 
     def __init__(self, config: MSNConfig, model: ViT, image_size: int) -> None:
@@ -108,7 +105,7 @@ class MSN(Method):
         self.visible = int(self.patches * (1 - config.mask_ratio))
         self.head = projection(config, pooled_width(model))
         self.prototypes = Prototypes(config.prototypes, config.output_dim)
-        self.teacher, self.teacher_head = frozen(model), frozen(self.head)
+        self.add_teacher()
         self.momentum, self.sharpening, self.progress = config.momentum, config.start_sharpen, 0.0
 
     @classmethod
@@ -116,16 +113,13 @@ class MSN(Method):
         yield from super().problems(name, config, model, side)
         if not isinstance(model, ViTConfig):
             return
-        if model.relative != "none":
-            given = f"given {model.relative!r}, whose tables are for all patches of an image"
-            yield f"{name}.model.relative: {given}; msn leaves some of them out, allowed: none"
+        yield from relative_problems(name, "msn", model)
         if config.focal_crops:
             yield from size_problems(name, "focal", config.focal_size, model, side)
         patches = (side // model.patch_size) ** 2
         if patches and not int(patches * (1 - config.mask_ratio)):
-            most = math.floor((1 - 1 / patches) * 1000) / 1000
             given = f"given {config.mask_ratio}, which leaves no patch of {patches} visible"
-            yield f"{name}.method.mask_ratio: {given}; allowed: from 0 to {most:g}"
+            yield f"{name}.method.mask_ratio: {given}; allowed: from 0 to {visible_at_most(patches)}"
 
     @classmethod
     def whole_batch(cls, config: MSNConfig) -> bool:
@@ -148,26 +142,9 @@ class MSN(Method):
         self.momentum = config.momentum + (1 - config.momentum) * done
         self.sharpening = config.start_sharpen + (config.final_sharpen - config.start_sharpen) * done
 
-    def averages(self) -> list[Average]:
-        return [
-            Average(self.teacher, self.model, self.momentum),
-            Average(self.teacher_head, self.head, self.momentum),
-        ]
-
-    def train(self, mode: bool = True) -> Self:
-        super().train(mode)
-        watching(self.teacher, mode)
-        watching(self.teacher_head, mode)
-        return self
-
     def no_decay(self) -> set[str]:
         """The authors' code decays tokens and positions, as every matrix but this."""
         return {"prototypes.weight"}
-
-    def export(self) -> ViT:
-        """The authors evaluate the target encoder."""
-        best: ViT = self.teacher if self.config.export == "teacher" else self.model
-        return best
 
     # ------------------------------------------------------------ the loss
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from vitlab.batch import Batch, uniform
 from vitlab.config import Config, UserError
-from vitlab.methods.base import Losses, Method, full
+from vitlab.methods.base import Losses, Method, full, visible_at_most
 from vitlab.methods.mae import Picture
 from vitlab.models import Backbone, CompactConfig, SwinConfig, ViTConfig
 
@@ -80,7 +80,7 @@ class SimMIM(Method):
         else:
             units = (side // (config.mask_patch or _unit(side, grid))) ** 2
             if math.ceil(units * config.mask_ratio) == units:
-                most = f"at most {math.floor((1 - 1 / units) * 1000) / 1000:g}" if units > 1 else "none"
+                most = f"at most {visible_at_most(units)}" if units > 1 else "none"
                 yield (
                     f"{name}.method.mask_ratio: given {config.mask_ratio}, which leaves nothing of {units} "
                     f"units visible; allowed: {most}, or a smaller {name}.method.mask_patch"
