@@ -33,10 +33,10 @@ def test_sides_take_turns() -> None:
 
 def test_the_file(tmp_path: Path) -> None:
     row = Row("vit", "timm 1", 1.0, 2.0, "s", 0.5, 3, {"images/s": 8.0})
-    write_json(tmp_path / "deep" / "x.json", "step", [row], torch.device("cpu"))
+    write_json(tmp_path / "deep" / "x.json", "step", [row], torch.device("cpu"), threads=3)
     tree = json.loads((tmp_path / "deep" / "x.json").read_text())
     assert tree["bench"] == "step"
-    assert tree["machine"]["threads"] == torch.get_num_threads()
+    assert tree["machine"]["threads"] == 3
     assert tree["rows"][0] | {"more": None} == {
         "case": "vit",
         "peer": "timm 1",
@@ -68,15 +68,18 @@ def test_two_different_things_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> 
     assert step.CASES is CASES
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_every_pair_says_the_same_and_is_timed(case: str) -> None:
-    """224 pixels only where the peer knows no other size; batch statistics need more than one number."""
+@pytest.mark.parametrize("case", [name for name in CASES if "/" not in name or name == "dino/lightly"])
+def test_models_and_an_objective_that_follows_are_timed(case: str) -> None:
+    """224 pixels only where the peer knows no other size; batch statistics need more than one number.
+
+    Of objectives only the steps differ from those of models: all their pairs are compared below.
+    """
     size = 224 if case == "coatnet_0" else 64
     options = StepOptions(batch=2, image_size=size, rounds=1, threads=torch.get_num_threads())
     (row,) = bench_step([case], options)
     assert row.case == case
     assert 0 < row.ours < 60
-    assert row.ratio == row.ours / row.theirs
+    assert 0 < row.theirs < 60
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if "/" in name])
@@ -102,6 +105,7 @@ def test_objectives_do_the_same_work(case: str) -> None:
         figures |= {name: float((now - before[name]).norm()) for name, now in followers(side).items()}
         found.append(figures)
     assert found[0] == pytest.approx(found[1], rel=2e-3)
+    assert found[0]["loss 0"] == pytest.approx(found[1]["loss 0"], rel=step.CLOSE)
     moving = {
         "dino/lightly": ["center", "teacher", "teacher_head"],
         "msn/lightly": ["teacher", "teacher_head"],
