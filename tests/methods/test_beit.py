@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from parity import EXACT, THEIR_SIZES, images, redraw, worst
-from steps import part, unlabelled
+from steps import halved, one_step, part, strategy_of, unlabelled
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from transformers import BeitConfig as TheirConfig
@@ -16,9 +16,7 @@ from transformers import BeitForMaskedImageModeling
 
 from vitlab.batch import Batch
 from vitlab.config import UserError, build
-from vitlab.engine.optim import OptimConfig
-from vitlab.engine.strategy import Plain
-from vitlab.methods import BEiT, BEiTConfig, create_method
+from vitlab.methods import BEiT, BEiTConfig, Moment, create_method
 from vitlab.methods.masks import block_mask
 from vitlab.models import Backbone, BackboneConfig, Features, create_model
 from vitlab.models.layouts.beit import _hugging_face
@@ -189,15 +187,10 @@ def trained(cuts: int) -> dict[str, Tensor]:
     """Two optimizer steps, each of so many micro-batches."""
     of, ours = batch(torch.float64, 8), method().double()
     redraw(ours.model)
-    plain = Plain(ours, build(OptimConfig, {"clip": 1.0}), bf16=False)
-    for group in plain.optimizer.param_groups:
-        group["lr"] = 1e-3
-    for _ in range(2):
-        parts = [part(of, slice(i, i + 8 // cuts)) for i in range(0, 8, 8 // cuts)]
-        weight = torch.stack([ours.weigh(one) for one in parts]).sum()
-        for one in parts:
-            plain.backward(plain.forward(one), weight)
-        plain.step()
+    plain = strategy_of(ours, 2, torch.float64, clip=1.0)
+    parts = [part(of, slice(i, i + 8 // cuts)) for i in range(0, 8, 8 // cuts)]
+    for step in range(2):
+        one_step(ours, plain, parts, Moment(step, 2, 2))
     return learned(ours.state_dict())
 
 
@@ -236,11 +229,7 @@ def test_one_plain_view_is_enough_to_validate() -> None:
 
 
 def test_half_precision_products() -> None:
-    ours, of = method().train(), batch()
-    with torch.autocast("cpu", torch.bfloat16):
-        losses = ours(of)
-    assert losses.loss.dtype == torch.float32
-    torch.testing.assert_close(losses.loss, ours(of).loss, rtol=0.02, atol=0)
+    halved(method().train(), batch())
 
 
 def test_start_decay_layers_and_export() -> None:

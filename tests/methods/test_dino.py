@@ -18,7 +18,7 @@ from lightly.loss import DINOLoss
 from lightly.models.modules.heads import DINOProjectionHead
 from lightly.models.utils import update_momentum
 from parity import EXACT, worst
-from steps import ADAM, DECAY, LR, batch, one_step, strategy_of
+from steps import ADAM, DECAY, LR, batch, halved, one_step, part, strategy_of
 from torch import Tensor, nn
 from zoo import SMALL, small
 
@@ -76,9 +76,8 @@ def parts(*modules: nn.Module) -> dict[str, Tensor]:
 def ours(of: DINO, batches: list[Batch], dtype: torch.dtype) -> Trajectory:
     plain = strategy_of(of, EPOCH, dtype)
     for step, one in enumerate(batches):
-        loss = one_step(of, plain, [one], moment(step))
         yield {
-            "loss": loss,
+            "loss": one_step(of, plain, [one], moment(step)).loss,
             "center": of.center.clone(),
             **parts(of.model, of.head, of.teacher, of.teacher_head),
         }
@@ -242,22 +241,10 @@ def test_neither_micro_batches_nor_padding_change_a_step() -> None:
     once, twice = (method(**MOVING, freeze_last_layer=0.0).double() for _ in range(2))
     plain, other = strategy_of(once, EPOCH, torch.float64), strategy_of(twice, EPOCH, torch.float64)
     for step in range(3):
-        whole = batch(once, 6, 1000 * step, torch.float64)
-        padded = batch(
-            once, 8, 1000 * step, torch.float64
-        )  # its first six are the same, the last two are padding
-        halves = [
-            replace(
-                padded,
-                views=[view[part] for view in padded.views],
-                seeds=padded.seeds[part],
-                weight=weight.double(),
-            )
-            for part, weight in (
-                (slice(0, 3), torch.ones(3)),
-                (slice(3, 8), torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0])),
-            )
-        ]
+        padded = batch(once, 8, 1000 * step, torch.float64)
+        whole = part(padded, slice(0, 6))
+        padded.weight[6:] = 0
+        halves = [part(padded, rows) for rows in (slice(0, 3), slice(3, 8))]
         a = one_step(once, plain, [whole], moment(step))
         b = one_step(twice, other, halves, moment(step))
         torch.testing.assert_close(a, b)
@@ -357,20 +344,13 @@ def test_the_teacher_draws_nothing() -> None:
     assert not torch.equal(*asked)
     again = of._answers(of.model, of.head, one, 2)
     assert torch.equal(asked[0], again)
-    alone = replace(one, views=[view[:2] for view in one.views], seeds=one.seeds[:2])
-    torch.testing.assert_close(of._answers(of.model, of.head, alone, 2), again[:, :2])
+    alone = of._answers(of.model, of.head, part(one, slice(2)), 2)
+    torch.testing.assert_close(alone, again[:, :2])
 
 
 def test_half_precision_products() -> None:
     of = method().train()
-    one = batch(of)
-    with torch.autocast("cpu", torch.bfloat16):
-        losses = of(one)
-    assert losses.loss.dtype == torch.float32
-    torch.testing.assert_close(losses.loss, of(one).loss, rtol=0.02, atol=0)
-    losses.loss.backward()
-    trained = [p.grad for p in of.parameters() if p.requires_grad]
-    assert all(grad is not None and grad.dtype == torch.float32 for grad in trained)
+    halved(of, batch(of))
 
 
 @pytest.mark.parametrize(

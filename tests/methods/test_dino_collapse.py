@@ -27,10 +27,8 @@ def trained(pool: str, **more: object) -> tuple[dict[str, float], list[str]]:
     plain, said, values = strategy_of(of, EPOCH), [], dict[str, float]()
     for step in range(STEPS):
         one = batch(of, 16, first=16 * (step % 4), like=0.9)
-        one_step(of, plain, [one], Moment(step, STEPS, EPOCH), lr=3e-3)
-        figures = of(one).metrics
-        of.sums = None
-        values = {f"train/{name}": float(value) / 16 for name, value in figures.items()}
+        means = one_step(of, plain, [one], Moment(step, STEPS, EPOCH), lr=3e-3).metrics
+        values = {f"train/{name}": float(value) for name, value in means.items()}
         said.append(of.diagnose(values))
     return values, [line for line in said if line]
 

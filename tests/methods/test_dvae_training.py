@@ -10,7 +10,7 @@ import pytest
 import torch
 from parity import worst
 from sklearn.datasets import load_digits
-from steps import unlabelled
+from steps import halved, part, unlabelled
 from torch import Tensor
 from torch.distributions import AffineTransform, Categorical, Laplace, TransformedDistribution, kl_divergence
 from torch.distributions.transforms import SigmoidTransform
@@ -193,12 +193,8 @@ def test_annealing() -> None:
 def test_a_sample_does_not_depend_on_its_batch_and_padding_counts_nothing() -> None:
     ours, of = method().train(), batch()
     ours.before_step(at(0.5))
-    alone = [
-        Batch([of.views[0][i : i + 1]], of.labels[:1], of.weight[i : i + 1], of.seeds[i : i + 1], ["a"])
-        for i in range(5)
-    ]
     with torch.no_grad():
-        parts = torch.stack([ours(one).loss for one in alone])
+        parts = torch.stack([ours(part(of, slice(i, i + 1))).loss for i in range(5)])
         torch.testing.assert_close(ours(of).loss, parts.sum())
         of.weight[3] = 0
         losses = ours(of)
@@ -218,12 +214,8 @@ def test_perplexity_counts_codes_of_all_micro_batches() -> None:
     assert not ours.counted.any()
     expected = math.exp(-sum(p * math.log(p) for p in share.tolist() if p))
     assert float(perplexity(ours.usage)) == pytest.approx(expected)
-    halves = [
-        Batch([of.views[0][i]], of.labels[i], of.weight[i], of.seeds[i], of.keys)
-        for i in (slice(0, 2), slice(2, 4))
-    ]
-    assert float(ours(halves[0]).metrics["perplexity"]) == pytest.approx(2 * expected)
-    ours(halves[1])
+    assert float(ours(part(of, slice(0, 2))).metrics["perplexity"]) == pytest.approx(2 * expected)
+    ours(part(of, slice(2, 4)))
     ours.after_step()
     torch.testing.assert_close(ours.usage, share)  # the same codes again
     ours.eval()
@@ -270,13 +262,8 @@ def test_dead_codes_are_told_of() -> None:
 
 def test_half_precision_products() -> None:
     ours, of = method().float().train(), batch()
-    of = Batch([of.views[0].float()], of.labels, of.weight, of.seeds, of.keys)
     ours.before_step(at(0.1))
-    with torch.autocast("cpu", torch.bfloat16):
-        losses = ours(of)
-    assert losses.loss.dtype == torch.float32
-    losses.loss.backward()
-    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in ours.parameters())
+    halved(ours, replace(of, views=[of.views[0].float()]))
 
 
 def test_layers_and_export() -> None:

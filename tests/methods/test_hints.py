@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from parity import redraw, worst
+from steps import part
 from torch import Tensor
 
 from vitlab.batch import Batch
@@ -136,8 +137,7 @@ def test_micro_batches_add_up() -> None:
     whole, parts, of = method(), method(), batch()
     whole(of).loss.backward()
     for cut in (slice(0, 1), slice(1, 4)):
-        fields = {name: getattr(of, name)[cut] for name in ("labels", "weight", "seeds", "keys")}
-        parts(replace(of, views=[of.views[0][cut]], **fields)).loss.backward()
+        parts(part(of, cut)).loss.backward()
     figures = [{n: p.grad for n, p in m.named_parameters() if p.grad is not None} for m in (parts, whole)]
     assert any(n.startswith("hints.") for n in figures[0])
     assert worst(*figures) < 1e-10
@@ -208,7 +208,7 @@ def test_of_a_mixed_image_both_labels_count_by_their_shares() -> None:
     others, share = of.labels.flip(0), torch.tensor([0.3, 1.0, 0.6, 0.0], dtype=torch.float64)
     found = torch.zeros((), dtype=torch.float64)
     for i, alone in enumerate(torch.eye(4, dtype=torch.float64) * of.weight):
-        for labels, part in ((of.labels, share[i]), (others, 1 - share[i])):
-            found = found + part * ours(replace(of, labels=labels, weight=alone)).loss
+        for labels, much in ((of.labels, share[i]), (others, 1 - share[i])):
+            found = found + much * ours(replace(of, labels=labels, weight=alone)).loss
     mixed = replace(of, others=others, share=share)
     torch.testing.assert_close(ours(mixed).loss, found, rtol=1e-12, atol=0)

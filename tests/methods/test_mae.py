@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from parity import EXACT, THEIR_SIZES, images, redraw, thirds, worst
-from steps import unlabelled
+from steps import halved, part, unlabelled
 from torch import Tensor, nn
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
@@ -126,18 +126,8 @@ def test_fixed_positions_are_the_official_ones() -> None:
 
 def test_padded_slots_and_batches_change_nothing() -> None:
     ours, of = method().eval(), batch()
-    alone = [
-        Batch(
-            [of.views[0][i : i + 1]],
-            of.labels[i : i + 1],
-            of.weight[i : i + 1],
-            of.seeds[i : i + 1],
-            [of.keys[i]],
-        )
-        for i in range(5)
-    ]
     with torch.no_grad():
-        parts = [ours(one).loss for one in alone]
+        parts = [ours(part(of, slice(i, i + 1))).loss for i in range(5)]
         torch.testing.assert_close(ours(of).loss, torch.stack(parts).sum())
         of.weight[3] = 0
         torch.testing.assert_close(ours(of).loss, torch.stack(parts[:3] + parts[4:]).sum())
@@ -165,13 +155,7 @@ def test_picture(norm_pix: bool) -> None:
 
 
 def test_half_precision_products() -> None:
-    ours, of = method().train(), batch()
-    with torch.autocast("cpu", torch.bfloat16):
-        losses = ours(of)
-    assert losses.loss.dtype == torch.float32
-    torch.testing.assert_close(losses.loss, ours(of).loss, rtol=0.02, atol=0)
-    losses.loss.backward()
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in ours.parameters())
+    halved(method().train(), batch())
 
 
 def test_perfect_painting_gives_back_the_image() -> None:

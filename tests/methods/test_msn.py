@@ -14,14 +14,13 @@ from typing import Any
 import pytest
 import torch
 from parity import EXACT, THEIR_SIZES, redraw, worst
+from steps import DECAY, LR, batch, first_half, halved, one_step, part, second_half, strategy_of
 from torch import Tensor, nn
 from world import serve, spawn
 
 from vitlab.batch import Batch, derived, uniform
 from vitlab.config import UserError, build
 from vitlab.dist import World
-from vitlab.engine.optim import OptimConfig, set_rates
-from vitlab.engine.strategy import Plain
 from vitlab.methods import MSN, MSNConfig, create_method
 from vitlab.methods.base import Moment
 from vitlab.methods.crops import small_size
@@ -52,29 +51,16 @@ def method(**more: Any) -> MSN:
 def drawn(dtype: torch.dtype, **more: Any) -> MSN:
     """With weights that hide nothing: student and teacher differ, no bias is zero."""
     made = method(**more).to(dtype)
-    for i, part in enumerate((made.model, made.head, made.teacher, made.teacher_head)):
-        redraw(part, i)
-        for value in part.parameters():
+    for i, net in enumerate((made.model, made.head, made.teacher, made.teacher_head)):
+        redraw(net, i)
+        for value in net.parameters():
             value.data /= 2
-        for norm in part.modules():
+        for norm in net.modules():
             if isinstance(norm, nn.BatchNorm2d):
                 norm.reset_running_stats()
             if isinstance(norm, nn.BatchNorm2d | nn.LayerNorm):
                 norm.weight.data += 1
     return made.train()
-
-
-def batch(of: MSN, number: int = 0, dtype: torch.dtype = torch.float32, part: slice = slice(None)) -> Batch:
-    """Noisy views of a colour that is the sample's own."""
-    seeds = torch.arange(SAMPLES) * 77_777 + 1000 * number
-    colours = uniform(seeds, "colour", 3).view(-1, 3, 1, 1) * 3
-    views = [
-        colours + uniform(derived(seeds, name), "image", 3 * size**2).view(-1, 3, size, size) - 2
-        for name, size, _ in of.views()
-    ]
-    keys = [str(i) for i in range(SAMPLES)]
-    labels, weight = torch.full((SAMPLES,), -1), torch.ones(SAMPLES, dtype=dtype)
-    return Batch([v[part].to(dtype) for v in views], labels[part], weight[part], seeds[part], keys[part])
 
 
 # ---------------------------------------------------------------- written out again
@@ -206,8 +192,8 @@ def official(ours: dict[str, Tensor]) -> dict[str, Tensor]:
             name = name.replace(mine, theirs) if "projection" not in name else name
         name = "layernorm." + name[5:] if name.startswith("norm.") else name
         if ".qkv." in name:
-            for part, third in zip("qkv", value.chunk(3), strict=True):
-                out[name.replace(".qkv.", f".{part}_proj.")] = third
+            for letter, third in zip("qkv", value.chunk(3), strict=True):
+                out[name.replace(".qkv.", f".{letter}_proj.")] = third
         else:
             out[name] = value
     return out
@@ -246,23 +232,18 @@ def test_steps_are_the_authors(setting: str, dtype: torch.dtype) -> None:
     wide = dtype == torch.float64
     made = drawn(dtype, **SETTINGS[setting], temperature=0.1 if wide else 1.0)
     eps = 1e-5 if wide else 1e-2  # far above a gradient that is rounding alone
-    strategy = Plain(made, OptimConfig(lr=1e-3, weight_decay=0.1, eps=eps), bf16=False)
-    set_rates(strategy.optimizer, 0, 1e-3, 0.1)
-    written = Written(made)
-    optimizer = written.optimizer(1e-3, 0.1, eps)
+    plain, written = strategy_of(made, STEPS, dtype, eps=eps), Written(made)
+    optimizer = written.optimizer(LR, DECAY, eps)
     figures: dict[str, float] = {}
     for step in range(STEPS):
-        of = batch(made, step, dtype)
-        made.before_step(Moment(step, STEPS, STEPS))
-        loss, expected = made(of).loss / SAMPLES, written.loss(of, step)
-        loss.backward()
+        of = batch(made, SAMPLES, 1000 * step, dtype)
+        loss = first_half(made, plain, [of], Moment(step, STEPS, STEPS)).loss
+        expected = written.loss(of, step)
         expected.backward()
         pairs = {"loss": ({"": loss}, {"": expected})}
         pairs["gradients"] = ours_by_name(made, "student", grad=True), written.tensors("student", grad=True)
         found = {name: apart(*pair) for name, pair in pairs.items()}
-        strategy.step()
-        for average in made.all_averages():
-            strategy.average(average)
+        second_half(made, plain)
         optimizer.step()
         optimizer.zero_grad()
         written.follow(step)
@@ -282,7 +263,7 @@ def test_same_as_lightly(balance: bool, dtype: torch.dtype) -> None:
     from lightly.models.modules.heads import MSNProjectionHead
 
     made = drawn(dtype, sinkhorn=balance, mean_entropy_weight=2.0)
-    of = batch(made, dtype=dtype)
+    of = batch(made, SAMPLES, dtype=dtype)
     heads = [MSNProjectionHead(32, 24, 10).to(dtype).train() for _ in range(2)]
     for ours, theirs in zip((made.head, made.teacher_head), heads, strict=True):
         for layer in (ours.fc1, ours.fc2):
@@ -325,10 +306,9 @@ def told(made: MSN, of: Batch) -> dict[str, Tensor]:
 
 def share(job: dict[str, Any], world: World) -> dict[str, Tensor]:
     """One worker's part, summed over the workers; the parts are not of one size."""
-    first = 0 if world.first else FIRST
-    part = slice(first, FIRST if world.first else SAMPLES)
+    rows = slice(FIRST) if world.first else slice(FIRST, SAMPLES)
     made = drawn(torch.float64, **SETTINGS[job["setting"]])
-    found = told(made, batch(made, dtype=torch.float64, part=part))
+    found = told(made, part(batch(made, SAMPLES, dtype=torch.float64), rows))
     return {name: world.sum(value) for name, value in found.items()}
 
 
@@ -340,7 +320,7 @@ def sums(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_workers_are_one_process_with_the_whole_batch(sums: dict[str, Any], setting: str) -> None:
     made = drawn(torch.float64, **SETTINGS[setting])
-    whole = told(made, batch(made, dtype=torch.float64))
+    whole = told(made, batch(made, SAMPLES, dtype=torch.float64))
     largest = max(float(t.abs().max()) for n, t in whole.items() if not n.startswith(("metric", "loss")))
     for name, value in whole.items():
         scale = float(value.abs().max()) if name.startswith(("metric", "loss")) else largest
@@ -350,10 +330,9 @@ def test_workers_are_one_process_with_the_whole_batch(sums: dict[str, Any], sett
 @pytest.mark.parametrize("balance", [True, False])
 def test_empty_slots_count_for_nothing(balance: bool) -> None:
     made = drawn(torch.float64, head_batch_norm=False, sinkhorn=balance, entropy_weight=0.5)
-    of = batch(made, dtype=torch.float64)
+    of = batch(made, SAMPLES, dtype=torch.float64)
     of.weight[5:] = 0
-    part = batch(made, dtype=torch.float64, part=slice(5))
-    one, other = told(made, part), told(made, of)
+    one, other = told(made, part(of, slice(5))), told(made, of)
     for name, value in one.items():
         torch.testing.assert_close(other[name], value, rtol=1e-10, atol=1e-12)
     of.weight[:] = 0
@@ -419,24 +398,19 @@ def test_the_teacher_drops_nothing_and_watches_its_batches() -> None:
 def test_masks_belong_to_samples_and_views() -> None:
     """Anchors are masked, each of its own; a sample's numbers do not depend on who is beside it."""
     made = method(anchors=2, head_batch_norm=False, sinkhorn=False, drop_path=0.3).train()
-    of, part = batch(made), batch(made, part=slice(3, 5))
-    of.views[2] = of.views[1]
+    of = batch(made)
     with torch.no_grad():
-        logs, some = made._anchors(of), made._anchors(batch(made))[:, 3:5]
-        torch.testing.assert_close(made._anchors(part), some)
+        some = made._anchors(part(of, slice(3, 5)))
+        torch.testing.assert_close(some, made._anchors(of)[:, 3:5])
+        of.views[2] = of.views[1]
+        logs = made._anchors(of)
     assert not torch.allclose(logs[0], logs[1])
 
 
 def test_half_precision_products() -> None:
     even = {"temperature": 1.0, "start_sharpen": 1.0, "sinkhorn": False}  # nothing makes rounding larger
     made = method(**even).train()
-    of = batch(made)
-    with torch.autocast("cpu", torch.bfloat16):
-        losses = made(of)
-    assert losses.loss.dtype == torch.float32
-    torch.testing.assert_close(losses.loss, method(**even).train()(of).loss, rtol=0.02, atol=0)
-    losses.loss.backward()
-    assert all(p.grad.dtype == torch.float32 for p in made.parameters() if p.requires_grad)
+    halved(made, batch(made, SAMPLES))
 
 
 def test_features_are_the_exported_model() -> None:
@@ -450,19 +424,12 @@ def test_features_are_the_exported_model() -> None:
 
 def trained(steps: int, lr: float, **more: Any) -> list[str | None]:
     """What is said of each step of a short training."""
-    made = method(**more).train()
-    strategy = Plain(made, OptimConfig(lr=lr), bf16=False)
-    set_rates(strategy.optimizer, 0, lr, 0.05)
-    said = []
+    made = method(**more)
+    plain, said = strategy_of(made, steps), []
     for step in range(steps):
-        of = batch(made, step)
-        made.before_step(Moment(step, steps, steps))
-        losses = strategy.forward(of)
-        strategy.backward(losses, of.weight.sum())
-        strategy.step()
-        for average in made.all_averages():
-            strategy.average(average)
-        said.append(made.diagnose({f"train/{n}": float(v) / SAMPLES for n, v in losses.metrics.items()}))
+        micro = [batch(made, SAMPLES, SAMPLES * step, like=0.9)]
+        means = one_step(made, plain, micro, Moment(step, steps, steps), lr).metrics
+        said.append(made.diagnose({f"train/{name}": float(value) for name, value in means.items()}))
     return said
 
 
