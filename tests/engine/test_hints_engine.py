@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from world import apart, divided, fitted, serve
+from world import FIGURES, apart, fitted
 
 from vitlab.batch import Batch
 from vitlab.dist import World
-from vitlab.engine import zero
 from vitlab.engine.loop import LoopConfig
 from vitlab.methods import Distill, DistillConfig
 from vitlab.methods.hints import Hint
 from vitlab.models import create_model
 
 STEPS, SIDE = 6, 16
-NAMES = ("train/loss", "train/hint")
+NAMES = (*FIGURES, "train/hint")
+# A small `eps` would make whole steps of rounding, where a gradient is nothing else.
+OPTIM = {"lr": 1e-3, "eps": 1e-6}
 PAIRS = [Hint(student=1, teacher=2), Hint(student=-1, teacher=1)]
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {"zero": None},
@@ -50,23 +52,26 @@ def batches(config: LoopConfig, world: World, start: int, stop: int) -> Any:
 
 
 def run(job: dict[str, Any], world: World) -> dict[str, Any]:
-    return fitted(method(), {"batch_size": 12, "optim": {"lr": 1e-3}}, STEPS, batches, world, **job)
+    return fitted(method(), {"batch_size": 12, "optim": OPTIM}, STEPS, batches, world, **job)
+
+
+def jobs(folder: Path) -> dict[str, dict[str, Any]]:
+    kept = {"kept": str(folder / "kept")}  # "resumed" takes up the checkpoint of "zero 3"
+    return {way: how | (kept if way in ("zero 3", "resumed") else {}) for way, how in WAYS.items()}
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("hints")
-    jobs = {way: dict(how) for way, how in WAYS.items()}
-    for way in ("zero 3", "resumed"):  # the second takes up the checkpoint of the first
-        jobs[way]["kept"] = str(folder / "kept")
-    return divided(__file__, run, jobs, folder)
+def runs(together: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = together[__name__]
+    return found
 
 
 @pytest.mark.parametrize("way", ["plain, accumulated", "zero 1", "zero 3", "zero 3, accumulated, recomputed"])
 def test_the_same_curve_in_every_way(runs: dict[str, Any], way: str) -> None:
     curve, weights = apart(runs[way], runs["plain"], NAMES)
+    print(way, f"curve {curve:.1e}, weights {weights:.1e}")  # noqa: T201  (pytest shows it with -s)
     assert curve < 1e-4
-    assert weights < 2e-3
+    assert weights < 1e-4  # of 3.5e-3 that a weight may travel
 
 
 def test_projections_learn_and_the_teacher_does_not(runs: dict[str, Any]) -> None:
@@ -82,8 +87,3 @@ def test_resumed_to_the_bit(runs: dict[str, Any]) -> None:
     resumed, whole = runs["resumed"], runs["zero 3"]
     assert len(resumed["points"]) == STEPS // 2
     assert apart(resumed, whole, NAMES) == (0, 0)
-
-
-if __name__ == "__main__":
-    zero.STAYS = 100  # so that matrices of this small model are really given away
-    serve(run)

@@ -4,16 +4,16 @@ and resumed it is what one process of plain PyTorch trains."""
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pydantic import TypeAdapter
-from world import apart, divided, fitted, serve
+from world import FIGURES, apart, fitted
 
 from vitlab.batch import Batch
 from vitlab.dist import World
-from vitlab.engine import zero
 from vitlab.engine.loop import LoopConfig
 from vitlab.methods import Method, MethodConfig, create_method
 from vitlab.models import create_model
@@ -72,14 +72,18 @@ def run(job: dict[str, Any], world: World) -> dict[str, Any]:
     return fitted(made, config, STEPS, partial(batches, made.views()), world, **job)
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("masked")
-    jobs = {f"{case}/{way}": how | {"case": case} for case in CASES for way, how in WAYS.items()}
+def jobs(folder: Path) -> dict[str, dict[str, Any]]:
+    found = {f"{case}/{way}": how | {"case": case} for case in CASES for way, how in WAYS.items()}
     for case in CASES:  # the second takes up the checkpoint of the first
         for way in ("zero 3", "resumed"):
-            jobs[f"{case}/{way}"]["kept"] = str(folder / case)
-    return divided(__file__, run, jobs, folder)
+            found[f"{case}/{way}"]["kept"] = str(folder / case)
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(together: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = together[__name__]
+    return found
 
 
 @pytest.mark.parametrize("way", ["plain, accumulated", "zero 3", "zero 3, recomputed"])
@@ -87,7 +91,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_the_same_on_any_workers(runs: dict[str, Any], case: str, way: str) -> None:
     plain, other = runs[f"{case}/plain"], runs[f"{case}/{way}"]
     assert len(plain["points"]) == len(other["points"]) == STEPS
-    curve, weights = apart(plain, other)
+    curve, weights = apart(other, plain, FIGURES)
     print(case, way, f"curve {curve:.1e}, weights {weights:.1e}")  # noqa: T201  (pytest shows it with -s)
     assert curve < 1e-5
     assert weights < 1e-4  # one step of AdamW moves by up to 1e-3
@@ -96,9 +100,4 @@ def test_the_same_on_any_workers(runs: dict[str, Any], case: str, way: str) -> N
 @pytest.mark.parametrize("case", CASES)
 def test_resumed_to_the_bit(runs: dict[str, Any], case: str) -> None:
     assert len(runs[f"{case}/resumed"]["points"]) == STEPS // 2
-    assert apart(runs[f"{case}/zero 3"], runs[f"{case}/resumed"]) == (0, 0)
-
-
-if __name__ == "__main__":
-    zero.STAYS = 100  # so that matrices of these small models are really given away
-    serve(run)
+    assert apart(runs[f"{case}/resumed"], runs[f"{case}/zero 3"], FIGURES) == (0, 0)
