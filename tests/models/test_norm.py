@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from world import serve, spawn
 
+from vitlab.dist import World
 from vitlab.models.features import Backbone
 from vitlab.models.parts.norm import BatchNorm1d, BatchNorm2d
 
@@ -86,21 +84,12 @@ def history(net: nn.Module, dtype: torch.dtype, part: slice, half: bool = False)
     return found | {"buffers": dict(net.named_buffers())}
 
 
-def workers(count: int, folder: Path) -> list[dict[str, Any]]:
-    """What each of so many processes found, for every setting and both dtypes."""
-    command = [sys.executable, "-W", "ignore", __file__]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    children = [
-        subprocess.Popen([*command, str(rank), str(count), str(folder)], env=environment)
-        for rank in range(count)
-    ]
-    assert [child.wait(timeout=100) for child in children] == [0] * count
-    return [torch.load(folder / f"{count}-{rank}.pt", weights_only=True) for rank in range(count)]
-
-
 @pytest.fixture(scope="module", params=sorted(SIZES))
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return workers(request.param, tmp_path_factory.mktemp("norm"))
+    """What each of so many processes found, for every setting and both dtypes."""
+    folder = tmp_path_factory.mktemp("norm")
+    ranks: list[dict[str, Any]] = spawn(__file__, request.param, {"all": {}}, folder)["all"]
+    return ranks
 
 
 def apart(ours: Tensor, theirs: Tensor) -> float:
@@ -190,12 +179,10 @@ class Repeated(nn.Module):
         return self.run(self.net, x)
 
 
-def main(rank: int, count: int, folder: Path) -> None:
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/{count}.store", rank=rank, world_size=count
-    )
-    begin = sum(SIZES[count][:rank])
-    part = slice(begin, begin + SIZES[count][rank])
+def share(_: dict[str, Any], world: World) -> list[dict[str, Any]]:
+    """Every rank's findings on its own part of the batch."""
+    begin = sum(SIZES[world.size][: world.rank])
+    part = slice(begin, begin + SIZES[world.size][world.rank])
     out = {
         f"{kind}{name}, float64": history(net(ours, torch.float64, **settings), torch.float64, part)
         for name, settings in SETTINGS.items()
@@ -205,10 +192,8 @@ def main(rank: int, count: int, folder: Path) -> None:
     out["repeated"] = history(Repeated(torch.float64), torch.float64, part)
     buffers = out["repeated"]["buffers"]
     out["repeated"]["buffers"] = {name.removeprefix("net."): value for name, value in buffers.items()}
-    torch.save(out, folder / f"{count}-{rank}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    return world.gather(out)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    serve(share)
