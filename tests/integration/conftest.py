@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +31,6 @@ class Ended:
 
     code: int
     text: str
-    seconds: float
 
     def outcomes(self) -> dict[str, str]:
         """`{"pretrain": "hit", …}` from the lines that stages end with."""
@@ -50,11 +52,10 @@ class Lab:
         )
 
     def run(self, pipeline: str, *arguments: str, code: int = 0) -> Ended:
-        begin = time.monotonic()
         process = self.start(pipeline, *arguments)
         text, _ = process.communicate(timeout=400)
         assert process.returncode == code, text[-6000:]
-        return Ended(process.returncode, text, time.monotonic() - begin)
+        return Ended(process.returncode, text)
 
     def chain(self, *arguments: str, code: int = 0) -> Ended:
         return self.run("mae_then_finetune", TINY, *arguments, code=code)
@@ -76,35 +77,33 @@ class Lab:
         return sorted((point.step, point.value) for point in history)
 
     def wait_for_step(self, step: int, process: subprocess.Popen[str]) -> None:
-        """Until fine-tuning has a checkpoint at or after a step."""
-        end = time.monotonic() + 200
-        while time.monotonic() < end:
+        """Until training has a checkpoint at or after a step."""
+
+        def there() -> bool:
             saved = (int(p.name[5:]) for p in self.home.glob("checkpoints/*/step-????????"))
-            if any(found >= step for found in saved):
-                return
-            assert process.poll() is None, process.communicate()[0]
-            time.sleep(0.05)
-        pytest.fail(f"no checkpoint at step {step} within 200 s")
+            return any(found >= step for found in saved)
+
+        wait_for(there, process, f"a checkpoint at step {step}")
 
 
-@pytest.fixture(scope="session")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home with an empty store: creating the tables takes seconds."""
-    home = tmp_path_factory.mktemp("template")
-    Store(TrackingConfig(), home)
-    return home
+def wait_for(there: Callable[[], bool], process: subprocess.Popen[str], what: str) -> None:
+    """Until what a program is making is there."""
+    end = time.monotonic() + 200
+    while not there():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, f"not there within 200 s: {what}"
+        time.sleep(0.05)
 
 
 @pytest.fixture(scope="session")
 def make_lab(
-    template: Path, tmp_path_factory: pytest.TempPathFactory, head: dict[str, str]
+    new_home: Callable[[], Path], tmp_path_factory: pytest.TempPathFactory, head: dict[str, str]
 ) -> Callable[..., Lab]:
-    def make(own_ray: bool = False) -> Lab:
-        home = tmp_path_factory.mktemp("home")
-        # The experiment's artifact location names the template's folder, so each home makes its own store.
+    def make(bare: bool = False) -> Lab:
+        """`bare`: the programs make the store's tables themselves, which takes seconds."""
+        home = tmp_path_factory.mktemp("home") if bare else new_home()
         env = {**os.environ, "VITLAB_HOME": str(home), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
-        env.pop("RAY_ADDRESS", None)
-        return Lab(home, env if own_ray else env | head)
+        return Lab(home, env | head)
 
     return make
 
@@ -137,6 +136,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         jobs = {
             "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
             "VITLAB_TEST_HEAD_HOME": env["VITLAB_HOME"],
+            "VITLAB_TEST_HEAD_PID": str(process.pid),  # the name of its session ends with it
         }
         yield {**auth, **jobs, "RAY_ADDRESS": f"127.0.0.1:{port}"}
     finally:
@@ -164,6 +164,18 @@ def _until_open(port: int, log: Path) -> None:
 
 @pytest.fixture(scope="session")
 def reference(make_lab: Callable[..., Lab]) -> tuple[Lab, Ended]:
-    """The undisturbed chain on two workers."""
-    lab = make_lab()
+    """The undisturbed chain on two workers, in a home with nothing in it."""
+    lab = make_lab(bare=True)
     return lab, lab.chain()
+
+
+def copy_of(lab: Lab, make_lab: Callable[..., Lab]) -> Lab:
+    """The same runs in a home of their own; the store's absolute artifact locations are moved too."""
+    new = make_lab(bare=True)
+    shutil.copytree(lab.home, new.home, dirs_exist_ok=True)
+    with closing(sqlite3.connect(new.home / "mlflow.db")) as store, store:
+        for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
+            store.execute(
+                f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (str(lab.home), str(new.home))
+            )
+    return new

