@@ -13,7 +13,7 @@ from vitlab.methods import Moment, create_method
 from vitlab.methods.dino import DINO, DINOConfig
 from vitlab.models import create_model
 
-STEPS, EPOCH = 100, 10
+STEPS, EPOCH = 50, 5
 SMALL = {"patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2}
 HEAD = {"out_dim": 40, "hidden_dim": 24, "bottleneck_dim": 12, "local_crops": 1, "freeze_last_layer": 0.0}
 

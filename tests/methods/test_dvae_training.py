@@ -10,7 +10,7 @@ import pytest
 import torch
 from parity import worst
 from sklearn.datasets import load_digits
-from steps import halved, part, unlabelled
+from steps import halved, one_step, part, strategy_of, unlabelled
 from torch import Tensor
 from torch.distributions import AffineTransform, Categorical, Laplace, TransformedDistribution, kl_divergence
 from torch.distributions.transforms import SigmoidTransform
@@ -321,35 +321,30 @@ def test_a_tokenizer_stage_is_an_experiment() -> None:
 
 
 def test_digits_are_painted_better_and_better() -> None:
+    """At the end the error is 0.45 to 0.50 of a blank image's, by the seed."""
     torch.manual_seed(0)
-    model = create_model(
-        "dvae", num_classes=0, image_size=8, in_chans=1, vocab=32, n_hid=16, n_init=16, groups=2, blocks=1
-    )
+    sizes = {"in_chans": 1, "vocab": 32, "n_hid": 32, "n_init": 16, "groups": 2, "blocks": 1}
+    model = create_model("dvae", num_classes=0, image_size=8, **sizes)
     config = DVAETrainingConfig(kl_weight=0.14, kl_until=0.0, temperature_until=0.8)
-    ours = create_method(config, model).train()
-    images = torch.from_numpy(load_digits().images[:256]).float()[:, None] / 16
-    optimizer = torch.optim.AdamW(ours.parameters(), lr=2e-3, weight_decay=1e-4)
+    ours = create_method(config, model)
+    images = torch.from_numpy(load_digits().images[:64]).float()[:, None] / 16
+    of, steps, warm = unlabelled(images * 2 - 1), 80, 16
+    plain = strategy_of(ours, steps, clip=1.0, eps=1e-8)
 
     def error() -> float:
-        ours.eval()
-        of = Batch([images * 2 - 1], torch.zeros(256), torch.ones(256), torch.arange(256), [])
+        plain.train(False)
         with torch.no_grad():
-            found = float(ours(of).metrics["mse"]) / 256
-        ours.train()
+            found = float(plain.forward(of).metrics["mse"]) / 64
+        plain.train(True)
         return found
 
-    errors, steps = [error()], 200
+    errors = [error()]
     for step in range(steps):
-        ours.before_step(Moment(step, steps, steps))
-        optimizer.param_groups[0]["lr"] = 2e-3 * min(1, step / 40)
-        part = torch.arange(64) + 64 * (step % 4)
-        of = Batch([images[part] * 2 - 1], part, torch.ones(64), part * 1000 + step, [])
-        (ours(of).loss / 64).backward()
-        torch.nn.utils.clip_grad_norm_(ours.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        ours.after_step()
-        if step in (19, steps - 1):
+        rows = slice(step % 4 * 16, step % 4 * 16 + 16)
+        one = part(replace(of, seeds=of.seeds + step), rows)
+        lr = 0.015 * min(step / warm, (steps - step) / (steps - warm))
+        one_step(ours, plain, [one], Moment(step, steps, steps), lr)
+        if step in (24, steps - 1):
             errors.append(error())
     blank = float((images - images.mean((0, 2, 3), keepdim=True)).square().mean())
     print(errors, blank, float(perplexity(ours.usage)))  # noqa: T201  (pytest shows it with -s)
