@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,14 @@ if TYPE_CHECKING:
     from vitlab.tracking import Store
 
 TINY = Path(__file__).parent / "integration" / "tiny.yaml"
+
+
+def pytest_configure() -> None:
+    """One thread, waiting asleep: on busy cores small nets are a hundred times slower with spinning ones."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

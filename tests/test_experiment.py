@@ -97,7 +97,8 @@ def test_the_experiments_can_be(file: Path) -> None:
         (
             "pretrain={model: {name: vit_tiny, in_chans: 1, patch_size: 4}, method: {name: dino, "
             "local_crops: 0}, epochs: 1, batch_size: 64}",
-            "pretrain.augment.name: given 'none'; dino compares random views of an image; allowed: dino, ",
+            "pretrain.augment.name: given 'none'; dino compares random views of an image; allowed: dino, or "
+            "set pretrain.augment.crop_scale",
         ),
         (
             "finetune={model: {name: vit_tiny, in_chans: 1, patch_size: 4}, method: {name: supervised}, "

@@ -56,6 +56,7 @@ class Zero:
             model=method, optimizer=self.inner, config=settings, dist_init_required=False
         )
         _known(deepspeed, self.optimizer, PRIVATE[stage])
+        self.norm: Tensor | None = None
         self.forgets = stage == 3 and world.size > 1 and not options["compiles"]
         if stage == 3:
             self._share_masters()
@@ -101,11 +102,13 @@ class Zero:
         # A block that recomputes stops early, inside the module whose backward pass asked for it. So it must
         # be, because leaving would free that module's weights; but DeepSpeed still thinks that it runs.
         del self.running[open_modules:]
+        if self.stage == 0 and self.engine.is_gradient_accumulation_boundary():  # DeepSpeed keeps none there
+            gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
+            self.norm = nn.utils.get_total_norm(gradients)
         self.engine.step()  # only the last micro-batch of a step really steps
 
     def step(self) -> Tensor | float | None:
-        norm: Tensor | float | None = self.engine.get_global_grad_norm()
-        return norm
+        return self.norm if self.stage == 0 else self.engine.get_global_grad_norm()
 
     @torch.no_grad()
     def average(self, average: Average) -> None:
