@@ -72,7 +72,8 @@ def write_json(path: Path, bench: str, rows: Sequence[Row], device: torch.device
 def print_rows(title: str, rows: Sequence[Row], console: Console | None = None) -> None:
     """A line a case; further figures stand below it, as no screen is as wide as all of them."""
     table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", title_style="bold")
-    table.add_column("case", min_width=max((len(row.case) for row in rows), default=0))  # the peer's wraps
+    words = (word for row in rows for word in row.case.split())
+    table.add_column("case", min_width=max(map(len, words), default=0))  # cut between words alone
     table.add_column("peer")
     unit = rows[0].unit if rows else ""
     for name in (f"ours ({unit})", f"theirs ({unit})", "ratio", "rounds"):
