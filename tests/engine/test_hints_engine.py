@@ -69,7 +69,7 @@ def runs(together: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("way", ["plain, accumulated", "zero 1", "zero 3", "zero 3, accumulated, recomputed"])
 def test_the_same_curve_in_every_way(runs: dict[str, Any], way: str) -> None:
     curve, weights = apart(runs[way], runs["plain"], NAMES)
-    print(way, f"curve {curve:.1e}, weights {weights:.1e}")  # noqa: T201  (pytest shows it with -s)
+    print(way, f"curve {curve:.1e}, weights {weights:.1e}")
     assert curve < 1e-4
     assert weights < 1e-4  # of 3.5e-3 that a weight may travel
 

@@ -74,7 +74,7 @@ def near(runs: dict[str, Any], name: str) -> None:
     plain, other, normed = runs["plain"], runs[name], runs["method"] == NORMED
     figures = {"train/loss", "train/mean_entropy"} if normed else plain["points"][-1][1].keys() - SPEED
     curve, state = apart(other, plain, figures, ADRIFT if normed else ())
-    print(runs["method"], name, f"state {state:.1e}, figures {curve:.1e}")  # noqa: T201  (pytest -s)
+    print(runs["method"], name, f"state {state:.1e}, figures {curve:.1e}")
     assert state < 1e-4
     assert curve < (1e-3 if normed else 1e-4)
 

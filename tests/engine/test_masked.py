@@ -92,7 +92,7 @@ def test_the_same_on_any_workers(runs: dict[str, Any], case: str, way: str) -> N
     plain, other = runs[f"{case}/plain"], runs[f"{case}/{way}"]
     assert len(plain["points"]) == len(other["points"]) == STEPS
     curve, weights = apart(other, plain, FIGURES)
-    print(case, way, f"curve {curve:.1e}, weights {weights:.1e}")  # noqa: T201  (pytest shows it with -s)
+    print(case, way, f"curve {curve:.1e}, weights {weights:.1e}")
     assert curve < 1e-5
     assert weights < 1e-4  # one step of AdamW moves by up to 1e-3
 

@@ -139,7 +139,7 @@ def test_three_steps_as_transformers(dtype: torch.dtype) -> None:
         for move in moves:
             move.step()
         figures["weights"] = worst(learned(ours.state_dict()), renamed(official.state_dict(), ours))
-        print("BEiT", dtype, step, figures)  # noqa: T201  (pytest shows it with -s)
+        print("BEiT", dtype, step, figures)
         assert all(figure <= EXACT[dtype] for figure in figures.values()), figures
 
 
@@ -162,7 +162,7 @@ def test_the_equation_written_out() -> None:
     assert len(terms) == int(ours.weigh(of))
     torch.stack(terms).mean().backward()
     figure = worst(mine, {n: p.grad for n, p in ours.named_parameters() if p.grad is not None})
-    print("BEiT written out", figure)  # noqa: T201
+    print("BEiT written out", figure)
     assert figure < 1e-10
 
 

@@ -207,7 +207,7 @@ def test_steps_are_those_of(reference: Reference, norm_last_layer: bool, dtype: 
     for found, other in zip(ours(deepcopy(of), batches, dtype), expected, strict=True):
         figures.append(worst(found, other))
         last.append(found["head.last_layer.weight_v"])
-    print("DINO", reference.__name__, norm_last_layer, dtype, figures)  # noqa: T201  (pytest shows it with -s)
+    print("DINO", reference.__name__, norm_last_layer, dtype, figures)
     assert all(figure <= EXACT[dtype] for figure in figures), figures
     assert [torch.equal(weight, start) for weight in last] == [True] * EPOCH + [False] * (STEPS - EPOCH)
 
@@ -233,7 +233,7 @@ def test_gradients_are_lightlys(dtype: torch.dtype) -> None:
     (of(one).loss / 5).backward()
     found = {name: p.grad for name, p in of.named_parameters() if p.requires_grad}
     figure = worst(found, expected)
-    print("DINO gradients", dtype, figure)  # noqa: T201
+    print("DINO gradients", dtype, figure)
     assert figure <= EXACT[dtype]
 
 

@@ -347,7 +347,7 @@ def test_digits_are_painted_better_and_better() -> None:
         if step in (24, steps - 1):
             errors.append(error())
     blank = float((images - images.mean((0, 2, 3), keepdim=True)).square().mean())
-    print(errors, blank, float(perplexity(ours.usage)))  # noqa: T201  (pytest shows it with -s)
+    print(errors, blank, float(perplexity(ours.usage)))
     assert errors[2] < errors[1] < errors[0]
     assert errors[2] < 0.6 * blank
     assert float(perplexity(ours.usage)) > 4

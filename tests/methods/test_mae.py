@@ -109,7 +109,7 @@ def test_same_as_transformers(norm_pix: bool, dtype: torch.dtype) -> None:
         "loss": worst({"loss": loss}, {"loss": expected}),
         "gradients": worst(mine, other),
     }
-    print("MAE", norm_pix, dtype, figures)  # noqa: T201  (pytest shows it with -s)
+    print("MAE", norm_pix, dtype, figures)
     assert all(figure <= EXACT[dtype] for figure in figures.values()), figures
     assert any(name.endswith("qkv.bias.k") for name in thirds(mine))
 

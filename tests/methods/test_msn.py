@@ -251,7 +251,7 @@ def test_steps_are_the_authors(setting: str, dtype: torch.dtype) -> None:
         pairs |= {f"{net}'s statistics": written.statistics(made, net) for net in pairs}
         found |= {name: apart(*pair) for name, pair in pairs.items() if pair[1]}
         figures = {name: max(value, figures.get(name, 0.0)) for name, value in found.items()}
-    print("MSN", setting, dtype, figures)  # noqa: T201  (pytest shows it with -s)
+    print("MSN", setting, dtype, figures)
     assert all(figure <= EXACT[dtype] for figure in figures.values()), figures
 
 
@@ -288,7 +288,7 @@ def test_same_as_lightly(balance: bool, dtype: torch.dtype) -> None:
         "loss": worst({"": loss}, {"": expected}),
         "gradients": worst(named | {"q": made.prototypes.weight.grad}, other | {"q": prototypes.grad}),
     }
-    print("lightly", balance, dtype, figures)  # noqa: T201
+    print("lightly", balance, dtype, figures)
     assert all(figure <= EXACT[dtype] for figure in figures.values()), figures
 
 

@@ -109,7 +109,7 @@ def test_three_steps_as_transformers(name: str, dtype: torch.dtype) -> None:
             "gradients": worst(mine, other),
             "weights": worst(ours.state_dict(), weights),
         }
-        print("SimMIM", name, dtype, step, figures)  # noqa: T201  (pytest shows it with -s)
+        print("SimMIM", name, dtype, step, figures)
         assert all(figure <= EXACT[dtype] for figure in figures.values()), figures
 
 
@@ -134,7 +134,7 @@ def test_the_paper_written_out(name: str) -> None:
     torch.stack(terms).sum().backward()
     expected = {n: p.grad for n, p in ours.named_parameters() if p.grad is not None}
     figure = max(worst({"loss": loss}, {"loss": torch.stack(terms).sum()}), worst(mine, expected))
-    print("SimMIM written out", name, figure)  # noqa: T201
+    print("SimMIM written out", name, figure)
     assert figure < 1e-10
 
 

@@ -84,5 +84,5 @@ def compare(ours: nn.Module, theirs: nn.Module, run: Callable[[nn.Module], tuple
         "gradients": worst(gradients(ours), gradients(theirs)),
         "step": worst(dict(ours.named_parameters()), dict(theirs.named_parameters())),
     }
-    print(type(theirs).__name__, limit, figures)  # noqa: T201  (pytest shows it with -s)
+    print(type(theirs).__name__, limit, figures)
     assert all(figure <= limit for figure in figures.values()), figures

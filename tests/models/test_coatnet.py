@@ -109,7 +109,7 @@ def test_same_as_timm(layout: str, halves: str, training: bool, dtype: torch.dty
         # a shift before a 1×1 convolution without bias, which the next batch norm takes away: exactly zero
         assert float((mine[1].pop(name) - timms[1].pop(name)).abs().max()) <= EXACT[dtype] * largest
         assert float((mine[2].pop(name) - timms[2].pop(name)).detach().abs().max()) <= EXACT[dtype] * 10
-    print([worst(m, t) for m, t in zip(mine, timms, strict=True)])  # noqa: T201  (pytest shows it with -s)
+    print([worst(m, t) for m, t in zip(mine, timms, strict=True)])
     assert max(map(worst, mine, timms)) <= EXACT[dtype]
     running = [{n: b for n, b in m.named_buffers() if "running" in n} for m in (ours, theirs)]
     assert worst(*running) <= EXACT[dtype]

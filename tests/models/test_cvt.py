@@ -119,7 +119,7 @@ def test_same_as_hugging_face(
         "step": worst(dict(model.named_parameters()), renamed(dict(reference.named_parameters()), model)),
         "buffers": worst(_running(model), renamed(_running(reference), model)),
     }
-    print(dtype, train, figures)  # noqa: T201  (pytest shows it with -s)
+    print(dtype, train, figures)
     assert all(figure <= EXACT[dtype] for figure in figures.values()), figures
 
 

@@ -86,7 +86,7 @@ def test_the_same_as_transformers(kind: str, dtype: torch.dtype) -> None:
         "logits": worst({"logits": outputs[0]}, {"logits": outputs[1]}),
         "gradients": worst(found, only(converted, ours)),
     }
-    print("BEiT", kind, dtype, figures)  # noqa: T201  (pytest shows it with -s)
+    print("BEiT", kind, dtype, figures)
     assert all(figure <= EXACT[dtype] for figure in figures.values()), figures
 
 
