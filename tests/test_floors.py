@@ -47,7 +47,9 @@ DOORS = {
     "deepspeed": {"vitlab/engine/zero.py"},
     "mlflow": {"vitlab/tracking.py"},
     "webdataset": {"vitlab/data/tars.py"},
-    "datasets": {"vitlab/data/write.py"},
+    "datasets": {"vitlab/data/hugging_face.py"},
+    "fsspec": {"vitlab/data/remote.py"},
+    "simplejpeg": {"vitlab/data/decode.py"},
     "timm": {"vitlab/models/borrowed.py"},
     "onnxruntime": {"vitlab/models/export.py"},
 }

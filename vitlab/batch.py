@@ -30,6 +30,18 @@ class View(NamedTuple):
     draws: str = ""  # the view whose random numbers it has, to show the same part; empty: its own
 
 
+class Bad(NamedTuple):
+    """A sample that could not be read: its kind (see `vitlab.data.bad`), where it lies, and why."""
+
+    kind: str
+    shard: str
+    key: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.shard}: {self.key}: {self.reason}" if self.key else f"{self.shard}: {self.reason}"
+
+
 @dataclass(frozen=True)
 class Batch:
     """One worker's part of one micro-batch."""
@@ -39,6 +51,7 @@ class Batch:
     weight: Tensor  # B, float32; 0 for a slot that holds no real sample
     seeds: Tensor  # B, int64; the sample's own randomness
     keys: list[str]  # B, the names the samples have in their shards
+    bad: list[Bad] = field(default_factory=list)  # those of its samples that could not be read: weight 0
     mean: Tensor = field(default_factory=lambda: torch.zeros(()))  # C 1 1, what `to` normalised with
     std: Tensor = field(default_factory=lambda: torch.ones(()))
     others: Tensor | None = None  # B, int64: labels of what was mixed in, of a batch that is mixed

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vitlab.batch import Bad
 from vitlab.config import UserError, digest, nearest
 from vitlab.data.tars import Columns, index_tar, sha256_file
 
@@ -36,12 +37,13 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class Shards:
-    """Labelled images on disk. `made` tells how they came to be; it is for people and not hashed."""
+    """Labelled images on disk. `made` tells how they came to be; it and `bad` are for people, not hashed."""
 
     path: Path
     classes: list[str]
     splits: dict[str, list[ShardInfo]]
     made: dict[str, Any] = field(default_factory=dict)
+    bad: list[Bad] = field(default_factory=list)  # what was in the tars, but could not become a sample
 
     @property
     def digest(self) -> str:
@@ -97,7 +99,7 @@ def save_index(shards: Shards) -> None:
     """The last file of a directory of shards."""
     splits = {name: [dataclasses.asdict(info) for info in infos] for name, infos in shards.splits.items()}
     data = {"format": FORMAT, "digest": shards.digest, "classes": shards.classes, "splits": splits}
-    write_json(shards.path / INDEX, {**data, "made": shards.made})
+    write_json(shards.path / INDEX, {**data, "made": shards.made, "bad": [list(one) for one in shards.bad]})
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -145,7 +147,8 @@ def _read_index(path: Path) -> Shards:
         raise UserError(f"{path / INDEX}: format is {given!r}, expected '{FORMAT}'; {_anew(path)}")
     try:
         splits = {name: [ShardInfo(**info) for info in infos] for name, infos in data["splits"].items()}
-        shards = Shards(path, list(data["classes"]), splits, dict(data.get("made", {})))
+        bad = [Bad(*one) for one in data.get("bad", [])]
+        shards = Shards(path, list(data["classes"]), splits, dict(data.get("made", {})), bad)
         whole = data["digest"] == shards.digest
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path / INDEX}: not as this version writes it ({error!r}); {_anew(path)}") from None

@@ -30,6 +30,8 @@ class ShardsConfig(Config):
     num_classes: int | None = Field(default=None, ge=1)  # checked against the shards
     streams: int = Field(default=8, ge=1)  # canonical streams: the most workers that can read
     window: int = Field(default=1000, ge=1)  # how far shuffling carries a sample inside a stream
+    max_pixels: int = Field(default=100_000_000, ge=1)  # of one decoded image; a larger one is a bad sample
+    max_bad: float = free(0.001, ge=0, le=1)  # the fraction of bad samples that is passed over
     mean: Channel | None = None  # of values in 0..1, one per channel; default 0.5 each
     std: Channel | None = None  # default 0.5 each: values in -1..1
 
