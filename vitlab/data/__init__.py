@@ -1,7 +1,9 @@
 """Labelled images: written as shards of tars, read as batches that do not depend on who reads them."""
 
 from vitlab.data.augment import eval_transform, train_transform
-from vitlab.data.index import ShardInfo, Shards, index_existing, open_shards
+from vitlab.data.hugging_face import hugging_face
+from vitlab.data.index import ShardInfo, Shards, open_shards
+from vitlab.data.indexing import index_existing
 from vitlab.data.mixing import draw_lots, mixed
 from vitlab.data.order import Order, chosen, exact
 from vitlab.data.read import ReadPlan, decode, eval_batches, order_of, train_batches
@@ -9,7 +11,7 @@ from vitlab.data.recipes import AugmentConfig, RandAugmentConfig, ViewRecipe
 from vitlab.data.settings import ShardsConfig, check_classes, normalisation
 from vitlab.data.sources import Source, digits, folder
 from vitlab.data.tars import Sample
-from vitlab.data.write import hugging_face, limited, open_source, prepare, write_shards
+from vitlab.data.write import limited, open_source, prepare, write_shards
 
 __all__ = [
     "AugmentConfig",

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from webdataset import TarWriter
 from webdataset.tariterators import base_plus_ext
 
+from vitlab.batch import Bad
 from vitlab.config import UserError
 
 IMAGES = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
@@ -77,8 +78,8 @@ def write_tar(path: Path, samples: Iterable[Sample]) -> None:
         part.unlink(missing_ok=True)
 
 
-def index_tar(path: Path) -> Columns:
-    """Where the samples lie in a tar of WebDataset's layout, written by whomever."""
+def index_tar(path: Path) -> tuple[Columns, list[Bad]]:
+    """Where the samples lie in a tar of WebDataset's layout, written by whomever, and what is bad in it."""
     columns = Columns()
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
@@ -103,7 +104,7 @@ def index_tar(path: Path) -> Columns:
         ) from error
     if not columns.keys:
         raise UserError(f"{path}: no samples; expected members such as 000001.png and 000001.{LABEL}")
-    return columns
+    return columns, []
 
 
 def _members(path: Path, tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, str, str]]:
