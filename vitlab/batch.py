@@ -20,6 +20,7 @@ from torch import Tensor
 GOLDEN = 0x9E3779B97F4A7C15  # the constants of splitmix64 (Steele et al., 2014)
 MIX_1 = 0xBF58476D1CE4E5B9
 MIX_2 = 0x94D049BB133111EB
+CACHED = 2**18  # numbers, so 1 MB of floats: what a core's cache holds beside the rest
 
 
 class View(NamedTuple):
@@ -63,16 +64,30 @@ class Batch:
 
     def to(self, device: torch.device, mean: Tensor, std: Tensor) -> Batch:
         """On the device, as floats normalised with `mean` and `std` (each C 1 1, of values in 0..1)."""
-        views = [v.to(device, non_blocking=True).float().div_(255).sub_(mean).div_(std) for v in self.views]
+        return self.on(device).normalised(mean, std)
+
+    def on(self, device: torch.device) -> Batch:
+        """On the device, the views still uint8."""
         return replace(
             self,
-            views=views,
+            views=[view.to(device, non_blocking=True) for view in self.views],
             labels=self.labels.to(device, non_blocking=True),
             weight=self.weight.to(device, non_blocking=True),
             seeds=self.seeds.to(device, non_blocking=True),
-            mean=mean,
-            std=std,
         )
+
+    def normalised(self, mean: Tensor, std: Tensor) -> Batch:
+        views = [_normalised(view, mean, std) for view in self.views]
+        return replace(self, views=views, mean=mean, std=std)
+
+
+def _normalised(view: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """B C H W, uint8 → float32, contiguous. On a CPU some images at a time, which stay in its cache."""
+    out = torch.empty(view.shape, device=view.device)
+    each = max(1, CACHED // max(1, view[:1].numel())) if view.device.type == "cpu" else max(1, len(view))
+    for part, whole in zip(view.split(each), out.split(each), strict=True):
+        whole.copy_(part).div_(255).sub_(mean).div_(std)
+    return out
 
 
 def sample_seeds(seed: int, epoch: int, positions: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vitlab.batch import Bad
 from vitlab.config import UserError, digest, nearest
@@ -35,13 +35,18 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class Shards:
-    """Labelled images on disk. `made` tells how they came to be; it and `bad` are for people, not hashed."""
+    """Labelled images, on disk or at a URL. `made` and `bad` are for people, not hashed."""
 
-    path: Path
+    path: Path  # of the folder; for a URL, of what is kept here of it
     classes: list[str]
     splits: dict[str, list[ShardInfo]]
-    made: dict[str, Any] = field(default_factory=dict)
+    made: dict[str, Any] = field(default_factory=dict)  # how they came to be
     bad: list[Bad] = field(default_factory=list)  # what was in the tars, but could not become a sample
+
+    @property
+    def where(self) -> str:
+        """What opens them again."""
+        return str(self.path)
 
     @property
     def digest(self) -> str:
@@ -62,6 +67,14 @@ class Shards:
     def count(self, name: str) -> int:
         return sum(info.count for info in self.splits.get(name, []))
 
+    def tars(self, split: str) -> list[Tar]:
+        """Every tar of a split, with what reading it takes."""
+        return [Tar(self, info) for info in self.split(split)]
+
+    def file(self, info: ShardInfo) -> Path:
+        """The tar on this machine."""
+        return self.path / info.file
+
     def columns(self, info: ShardInfo) -> Columns:
         """The samples of one tar, checked to lie inside it."""
         path = columns_path(self.path / info.file)
@@ -77,6 +90,14 @@ class Shards:
                 f"{path}: does not fit {info.file} with its {info.count} samples; {_anew(self.path)}"
             )
         return columns
+
+
+class Tar(NamedTuple):
+    """One tar of a split, where it lies, and the number here of each of its classes, if that is another."""
+
+    shards: Shards
+    info: ShardInfo
+    labels: tuple[int, ...] | None = None
 
 
 def columns_path(tar: Path) -> Path:
@@ -119,8 +140,12 @@ def _json(path: Path) -> Any:
         raise UserError(f"{path}: not valid JSON ({error}); {_anew(path.parent)}") from None
 
 
-def open_shards(path: Path) -> Shards:
-    """The shards of a directory, after a look at every file's size."""
+def open_shards(where: str | Path, max_bad: float = 0.0) -> Shards:
+    """The shards of a directory, after a look at every file's size.
+
+    `max_bad`: the fraction of samples that may be lost with missing and cut files; the reader names them.
+    """
+    path = Path(where)
     if not path.is_dir():
         here = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
         near = nearest(path.name, here)
@@ -132,13 +157,20 @@ def open_shards(path: Path) -> Shards:
             f"{path}: no {INDEX} in it: no shards, or not written to the end; "
             f"for tars of your own make one with `vitlab shards index {path}`"
         )
-    shards = _read_index(path)
-    for info in (info for infos in shards.splits.values() for info in infos):
-        _check_tar(path / info.file, info)
+    shards = read_index(path)
+    infos = [info for some in shards.splits.values() for info in some]
+    lost = {info.file: _lost(shards, info) for info in infos}
+    missing, total = sum(count for count, _ in lost.values()), sum(info.count for info in infos)
+    if missing > max_bad * total or (not max_bad and any(why for _, why in lost.values())):
+        more = f" ({missing} of {total} samples are lost, data.max_bad allows {max_bad:.2%})" if max_bad else ""
+        raise UserError(
+            f"{next(why for _, why in lost.values() if why)}; copy it again or {_anew(path)}{more}"
+        )
     return shards
 
 
-def _read_index(path: Path) -> Shards:
+def read_index(path: Path) -> Shards:
+    """What the index says, without a look at the tars."""
     data = _json(path / INDEX)
     given = data.get("format") if isinstance(data, dict) else type(data).__name__
     if given != FORMAT:
@@ -157,15 +189,18 @@ def _read_index(path: Path) -> Shards:
     return shards
 
 
-def _check_tar(tar: Path, info: ShardInfo) -> None:
+def _lost(shards: Shards, info: ShardInfo) -> tuple[int, str]:
+    """How many samples of a tar are not there any more, and why; a file that has grown is another one."""
+    tar = shards.path / info.file
     if Path(info.file).name != info.file:
-        raise UserError(f"{tar.parent / INDEX}: {info.file!r} is no plain file name; {_anew(tar.parent)}")
+        raise UserError(f"{shards.path / INDEX}: {info.file!r} is no plain file name; {_anew(shards.path)}")
     if not tar.is_file():
-        raise UserError(
-            f"{tar}: the index names this file, but it is missing; copy it again or {_anew(tar.parent)}"
-        )
+        return info.count, f"{tar}: the index names this file, but it is missing"
     size = tar.stat().st_size
-    if size != info.bytes:
-        raise UserError(
-            f"{tar}: has {size} bytes, but {info.bytes} in the index; copy it again or {_anew(tar.parent)}"
-        )
+    if size == info.bytes:
+        return 0, ""
+    why = f"{tar}: has {size} bytes, but {info.bytes} in the index"
+    if size > info.bytes:
+        raise UserError(f"{why}; copy it again or {_anew(shards.path)}")
+    columns = shards.columns(info)
+    return sum(o + s > size for o, s in zip(columns.offsets, columns.sizes, strict=True)), why
