@@ -34,9 +34,10 @@ FLOORS = {
     "vitlab/tune.py": 10,
     "vitlab/compare.py": 10,
     "vitlab/bench/": 10,
-    "vitlab/cli.py": 11,
-    "vitlab/__init__.py": 12,
-    "pipelines/": 13,
+    "vitlab/commands/": 11,
+    "vitlab/cli.py": 12,
+    "vitlab/__init__.py": 13,
+    "pipelines/": 14,
 }
 
 # The only files that may import a vendor. Ray's core belongs to the session, its libraries to their room.
