@@ -31,7 +31,7 @@ NAMES = {"probe/knn_top1", "probe/linear_top1", "probe/rank", "probe/std"}
 def clouds(n: int, seed: int) -> Found:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(3, (n,), generator=generator)
-    return Found(torch.eye(3, 8)[labels] + 0.2 * torch.randn(n, 8, generator=generator), labels)
+    return Found(torch.eye(3, 8)[labels] + 0.2 * torch.randn(n, 8, generator=generator), labels, torch.arange(n))
 
 
 def test_figures_need_labels_on_both_sides() -> None:
@@ -47,7 +47,7 @@ def test_figures_need_labels_on_both_sides() -> None:
 
 
 def test_collapse_is_told_in_one_line() -> None:
-    same = Found(torch.ones(20, 8), torch.zeros(20, dtype=torch.int64))
+    same = Found(torch.ones(20, 8), torch.zeros(20, dtype=torch.int64), torch.arange(20))
     line = collapse(dict(probe_figures(same, None, 3, ProbeConfig())), 8)
     assert line is not None
     assert line.startswith("the features have collapsed (effective rank 1.00 of 8)")

@@ -85,7 +85,7 @@ def _normalised(view: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """B C H W, uint8 → float32, contiguous. On a CPU some images at a time, which stay in its cache."""
     out = torch.empty(view.shape, device=view.device)
     each = max(1, CACHED // max(1, view[:1].numel())) if view.device.type == "cpu" else max(1, len(view))
-    for part, whole in zip(view.split(each), out.split(each), strict=True):
+    for part, whole in zip(torch.split(view, each), torch.split(out, each), strict=True):
         whole.copy_(part).div_(255).sub_(mean).div_(std)
     return out
 

@@ -40,7 +40,7 @@ def test_the_gradient_is_that_of_the_objective() -> None:
 def test_the_probe_is_scikit_learns_on_standardised_features() -> None:
     bank, queries = clouds(400), clouds(150, seed=1)
     scale = torch.logspace(-3, 3, 12)
-    bank, queries = (Found(f.features * scale + 5, f.labels) for f in (bank, queries))
+    bank, queries = (Found(f.features * scale + 5, f.labels, f.places) for f in (bank, queries))
     scaler = StandardScaler().fit(bank.features.double())
     x = torch.from_numpy(scaler.transform(bank.features.double()))
     strength = linear.choose(x, bank.labels, 5)
@@ -55,7 +55,7 @@ def test_constant_features_and_tiny_banks_are_no_trouble() -> None:
     bank, queries = clouds(400), clouds(150, seed=1)
 
     def dead(found: Found) -> Found:
-        return Found(torch.cat([found.features, torch.ones(len(found.labels), 2)], 1), found.labels)
+        return Found(torch.cat([found.features, torch.ones(len(found.labels), 2)], 1), found.labels, found.places)
 
     assert linear.linear_top1(dead(bank), dead(queries), 5) == linear.linear_top1(bank, queries, 5)
     assert 0 <= linear.linear_top1(clouds(3), queries, 5) <= 1

@@ -1,6 +1,7 @@
 """Labelled images: written as shards of tars, read as batches that do not depend on who reads them."""
 
 from vitlab.data.augment import eval_transform, train_transform
+from vitlab.data.bad import check_bound, counts
 from vitlab.data.hugging_face import hugging_face
 from vitlab.data.index import ShardInfo, Shards, open_shards
 from vitlab.data.indexing import index_existing
@@ -24,8 +25,10 @@ __all__ = [
     "ShardsConfig",
     "Source",
     "ViewRecipe",
+    "check_bound",
     "check_classes",
     "chosen",
+    "counts",
     "decode",
     "digits",
     "draw_lots",

@@ -162,10 +162,9 @@ def open_shards(where: str | Path, max_bad: float = 0.0) -> Shards:
     lost = {info.file: _lost(shards, info) for info in infos}
     missing, total = sum(count for count, _ in lost.values()), sum(info.count for info in infos)
     if missing > max_bad * total or (not max_bad and any(why for _, why in lost.values())):
-        more = f" ({missing} of {total} samples are lost, data.max_bad allows {max_bad:.2%})" if max_bad else ""
-        raise UserError(
-            f"{next(why for _, why in lost.values() if why)}; copy it again or {_anew(path)}{more}"
-        )
+        first = next(why for _, why in lost.values() if why)
+        more = f" ({missing} of {total} samples lost, data.max_bad allows {max_bad:.2%})" if max_bad else ""
+        raise UserError(f"{first}{more}; copy it again or {_anew(path)}")
     return shards
 
 

@@ -30,14 +30,15 @@ class Found(NamedTuple):
 
     features: Tensor  # N D, float32
     labels: Tensor  # N, int64; -1 where a sample has none
+    places: Tensor  # N, int64, on the CPU: which of the samples asked for it is; bad ones are left out
 
     def labelled(self) -> Found:
         """Only the samples that have a label."""
         known = self.labels >= 0
-        return Found(self.features[known], self.labels[known])
+        return Found(self.features[known], self.labels[known], self.places[known.cpu()])
 
     def to(self, device: torch.device) -> Found:
-        return Found(self.features.to(device), self.labels.to(device))
+        return Found(self.features.to(device), self.labels.to(device), self.places)
 
 
 @torch.no_grad()
@@ -49,13 +50,15 @@ def collect(forward: Callable[[Batch], Tensor], batches: Iterable[Batch], world:
     """
     features: list[Tensor] = []
     labels: list[Tensor] = []
+    there: list[Tensor] = []
     for batch in batches:
         real = (batch.weight > 0).cpu()  # a batch may be all padding here; the others wait for its forward
-        mine = forward(batch).float().cpu()[real], batch.labels.cpu()[real]
-        for theirs, classes in world.gather(mine):
+        mine = forward(batch).float().cpu()[real], batch.labels.cpu()[real], real
+        for theirs, classes, slots in world.gather(mine):
             features.append(theirs)
             labels.append(classes)
-    return Found(torch.cat(features), torch.cat(labels))
+            there.append(slots)
+    return Found(torch.cat(features), torch.cat(labels), torch.cat(there).nonzero().flatten())
 
 
 @torch.no_grad()

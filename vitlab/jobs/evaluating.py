@@ -37,6 +37,7 @@ from vitlab.evaluation.attention_pictures import (
     rollout_figure,
 )
 from vitlab.evaluation.pictures import shortened
+from vitlab.jobs.damage import Ledger
 from vitlab.jobs.judging import Judge, ways_for
 from vitlab.jobs.place import Place, mover, preprocess
 from vitlab.models import Backbone, load_model
@@ -56,12 +57,14 @@ def run_evaluation(job: EvaluateJob, world: World, post: Post) -> dict[str, Any]
     model = (
         Autocast(loaded.model, half(world.device, job.config.precision), world.device).to(world.device).eval()
     )
-    ways, judge = ways_for(job, loaded.model), Judge(job, shards, world)
+    ledger = Ledger(job.place, shards, world)
+    ways, judge = ways_for(job, loaded.model), Judge(job, shards, world, ledger)
     if job.config.attention:
         layers_of(model, loaded.model)  # a model without attention is refused before any work
-    tally = _classify(job, shards, model, world, post) if loaded.model.num_classes else None
+    tally = _classify(job, shards, model, world, ledger, post) if loaded.model.num_classes else None
     if ways.any:
         judge.look(model, post)
+    bad = ledger.settle()
     if not world.first:
         return {}
     store = job.place.store()
@@ -69,7 +72,7 @@ def run_evaluation(job: EvaluateJob, world: World, post: Post) -> dict[str, Any]
         folder, pictures = Path(scratch) / "report", Path(scratch) / "pictures"
         folder.mkdir()
         by_class = _confusion(job, shards, tally, folder) if tally else {}
-        metrics = (dict(tally.figures()) if tally else {}) | (judge.figures(ways) if ways.any else {})
+        metrics = (dict(tally.figures()) if tally else {}) | (judge.figures(ways) if ways.any else {}) | bad
         report = {"metrics": metrics, "accuracy_by_class": by_class, "split": job.config.split}
         (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", "utf8")
         if ways.any:
@@ -82,20 +85,24 @@ def run_evaluation(job: EvaluateJob, world: World, post: Post) -> dict[str, Any]
             metrics |= {f"eval/attention_distance/layer_{n:02d}": mean for n, mean in means}
         if pictures.is_dir():
             store.upload(job.place.run_id, pictures, "pictures")
+        ledger.publish()
         artifact = publish(store, job.place.run_id, folder, "report")
     per_class = {f"eval/class/{name}": value for name, value in by_class.items() if value is not None}
     store.metrics(job.place.run_id, metrics | (per_class if len(per_class) <= 200 else {}))
     return {"artifact": artifact, "metrics": metrics, "seconds": {}}
 
 
-def _classify(job: EvaluateJob, shards: Shards, model: Autocast, world: World, post: Post) -> Tally:
+def _classify(
+    job: EvaluateJob, shards: Shards, model: Autocast, world: World, ledger: Ledger, post: Post
+) -> Tally:
     """The answers of the model's own head."""
     config, place = job.config, job.place
     to_device = mover(place.data, world)
     batches = eval_batches(shards, place.data, config.split, config.batch_size, world, loaders=place.loaders)
     total = -(-shards.count(config.split) // config.batch_size)
     seen = (lambda n: post("progress", (n, total, {}))) if world.first else (lambda n: None)
-    return classify(model, (to_device(b) for b in batches), len(shards.classes), world, seen)
+    watched = ledger.watch(batches, config.split)
+    return classify(model, (to_device(b) for b in watched), len(shards.classes), world, seen)
 
 
 def _confusion(job: EvaluateJob, shards: Shards, tally: Tally, folder: Path) -> dict[str, float | None]:

@@ -19,6 +19,7 @@ from vitlab.evaluation.feature_pictures import Row, map_figure, neighbours_figur
 from vitlab.evaluation.features import collect
 from vitlab.evaluation.judge import USUAL, judged
 from vitlab.evaluation.knn import nearest
+from vitlab.jobs.damage import Ledger
 from vitlab.jobs.place import mover
 from vitlab.models import Backbone
 
@@ -45,11 +46,13 @@ def ways_for(job: EvaluateJob, model: Backbone) -> Ways:
 class Judge:
     """The features of both splits; made by all ranks, judged by the first."""
 
-    def __init__(self, job: EvaluateJob, shards: Shards, world: World) -> None:
-        self.job, self.shards, self.world = job, shards, world
+    def __init__(self, job: EvaluateJob, shards: Shards, world: World, ledger: Ledger) -> None:
+        self.job, self.shards, self.world, self.ledger = job, shards, world, ledger
         counts = {split: shards.count(split) for split in ("train", job.config.split)}
         limits = {"train": job.config.bank, job.config.split: counts[job.config.split]}
-        self.numbers = {split: chosen(counts[split], most) for split, most in limits.items()}
+        self.numbers: dict[str, np.ndarray] = {
+            split: chosen(counts[split], most) for split, most in limits.items()
+        }
 
     def look(self, model: Autocast, post: Post) -> None:
         """Fills `bank` and `queries`."""
@@ -64,7 +67,8 @@ class Judge:
         tell = (lambda n: post("progress", (n, total, {}))) if self.world.first else (lambda n: None)
         done, found = 0, []
         for split, numbers in self.numbers.items():
-            batches = (to_device(b) for b in self._batches(split, numbers, size, self.world))
+            watched = self.ledger.watch(self._batches(split, numbers, size, self.world), split)
+            batches = (to_device(b) for b in watched)
             found.append(collect(forward, _counted(batches, done, tell), self.world))
             done += -(-len(numbers) // size)
         self.bank, self.queries = found
@@ -89,16 +93,17 @@ class Judge:
         """Some queries, always the same, with the images that features find alike."""
         asked = chosen(len(self.queries.labels), ROWS)
         found = nearest(self.bank.features, self.queries.features[asked], NEAREST)
-        images = self._images(self.job.config.split, self.numbers[self.job.config.split][asked])
+        images = self._images(self.job.config.split, self.queries.places[asked])
         rows = []
         for query, image, places, alike in zip(asked, images, found.places, found.similarity, strict=True):
-            like = self._images("train", self.numbers["train"][places.numpy()])
+            like = self._images("train", self.bank.places[places])
             labels = [int(self.queries.labels[query]), *self.bank.labels[places].tolist()]
             rows.append(Row([image, *like], labels, alike.tolist()))
         return rows
 
-    def _images(self, split: str, numbers: np.ndarray) -> list[Tensor]:
+    def _images(self, split: str, places: Tensor) -> list[Tensor]:
         """Read by this process alone; values in 0..1."""
+        numbers = self.numbers[split][places.numpy()]
         (batch,) = self._batches(split, numbers, len(numbers), World(device=self.world.device))
         return list(batch.views[0].float() / 255)
 

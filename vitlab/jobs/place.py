@@ -28,7 +28,7 @@ class Place:
         return Store(self.tracking, self.home)
 
     def open(self) -> Shards:
-        return open_shards(self.shards)
+        return open_shards(self.shards, self.data.max_bad)
 
 
 def mover(

@@ -15,6 +15,7 @@ from vitlab.engine.loop import Probe
 from vitlab.engine.strategy import Strategy
 from vitlab.evaluation.features import Found, collect
 from vitlab.evaluation.probe import collapse, probe_figures
+from vitlab.jobs.damage import Ledger
 from vitlab.jobs.place import Place, mover
 from vitlab.methods import Method
 from vitlab.sections import TrainConfig
@@ -26,13 +27,16 @@ def feature_probes(
     method: Method,
     shards: Shards,
     world: World,
+    ledger: Ledger,
     note: Callable[[str], None],
 ) -> list[Probe]:
     """None for a method that trains a classifier, of which `val/top1` tells, and a model without features."""
     if not method.headless or not config.probe.bank or "pooled" not in method.exported().gives:
         return []
     collapses = not method.one_view  # what compares views can learn to answer all images alike
-    return [Probe(config.probe.every, Look(config, place, shards, world, note if collapses else None))]
+    return [
+        Probe(config.probe.every, Look(config, place, shards, world, ledger, note if collapses else None))
+    ]
 
 
 @dataclass
@@ -43,6 +47,7 @@ class Look:
     place: Place
     shards: Shards
     world: World
+    ledger: Ledger
     note: Callable[[str], None] | None  # tells of a collapse, once
 
     def __call__(self, strategy: Strategy, step: int) -> Iterator[tuple[str, float]]:
@@ -72,7 +77,6 @@ class Look:
             numbers=numbers,
         )
         to_device = mover(place.data, world)
-        found = collect(
-            lambda batch: strategy.forward(batch, "features"), (to_device(b) for b in batches), world
-        )
+        watched = (to_device(b) for b in self.ledger.watch(batches, split))
+        found = collect(lambda batch: strategy.forward(batch, "features"), watched, world)
         return found.to(world.device)

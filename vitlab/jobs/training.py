@@ -35,6 +35,7 @@ from vitlab.evaluation import (
     save_figure,
     validate,
 )
+from vitlab.jobs.damage import Ledger
 from vitlab.jobs.looking import log_views
 from vitlab.jobs.place import Place, mover, preprocess
 from vitlab.jobs.probing import feature_probes
@@ -76,18 +77,19 @@ def run_training(job: TrainJob, world: World, post: Post) -> dict[str, Any]:
         loaders=job.place.loaders,
         augment=config.augment,
     )
-    fence = Fence(job.checkpoints)
+    fence, ledger = Fence(job.checkpoints), Ledger(job.place, shards, world)
     may_write = partial(fence.holds, job.token)
     recorder = Recorder(job.place, post, may_write) if world.first else Silent()
     plan = Plan(
         config=config,
         steps_per_epoch=order_of(shards, job.place.data, read).steps,
-        batches=lambda start: _steps(job.place, shards, read, world, start),
+        batches=lambda start: _steps(job.place, shards, read, world, ledger, start),
         recorder=recorder,
         checkpoints=job.checkpoints,
         probes=[
-            *_validation(job, method, shards, world),
-            *feature_probes(config, job.place, method, shards, world, recorder.note),
+            *_validation(job, method, shards, world, ledger),
+            *feature_probes(config, job.place, method, shards, world, ledger, recorder.note),
+            Probe(1, lambda strategy, step: ledger.settle().items()),
         ],
         may_commit=may_write,
     )
@@ -99,6 +101,8 @@ def run_training(job: TrainJob, world: World, post: Post) -> dict[str, Any]:
     finally:
         recorder.close()  # also after a failure: the last points tell most
     trained = time.perf_counter()
+    if world.first:
+        ledger.publish()
     state = strategy.state(method.exported())
     picture = _reconstructions(job, method, strategy, shards, world)
     strategy.close()
@@ -157,14 +161,16 @@ def _start_from(model: Backbone, folder: Path) -> None:
     load_state(model, model.adapted(source.state_dict()), replace=fresh)
 
 
-def _steps(place: Place, shards: Shards, read: ReadPlan, world: World, start: int) -> Iterator[list[Batch]]:
+def _steps(
+    place: Place, shards: Shards, read: ReadPlan, world: World, ledger: Ledger, start: int
+) -> Iterator[list[Batch]]:
     to_device = mover(place.data, world, read.augment, read.batch)
-    batches = train_batches(shards, place.data, read, start_step=start)
+    batches = ledger.watch(train_batches(shards, place.data, read, start_step=start), "train")
     while step := [to_device(batch) for batch in itertools.islice(batches, read.accumulate)]:
         yield step
 
 
-def _validation(job: TrainJob, method: Method, shards: Shards, world: World) -> list[Probe]:
+def _validation(job: TrainJob, method: Method, shards: Shards, world: World, ledger: Ledger) -> list[Probe]:
     if not method.one_view or not shards.count("val"):
         return []
     to_device = mover(job.place.data, world)
@@ -172,7 +178,8 @@ def _validation(job: TrainJob, method: Method, shards: Shards, world: World) -> 
     def look(strategy: Strategy, step: int) -> Iterator[tuple[str, float]]:
         size, loaders = job.config.batch_size, job.place.loaders
         batches = eval_batches(shards, job.place.data, "val", size, world, loaders=loaders)
-        return validate(strategy.forward, method.weigh, (to_device(b) for b in batches), world)
+        watched = ledger.watch(batches, "val")
+        return validate(strategy.forward, method.weigh, (to_device(b) for b in watched), world)
 
     return [Probe(job.config.validate_every, look)]
 

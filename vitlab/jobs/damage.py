@@ -1,0 +1,71 @@
+"""Bad samples of a job: met by every worker, counted over all of them, told to MLflow.
+
+A worker that meets too many by itself ends the job at once. What all of them met together is known when they
+settle, after every epoch: only then do they speak with each other.
+"""
+
+from __future__ import annotations
+
+import csv
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from vitlab.batch import Bad, Batch
+from vitlab.config import UserError
+from vitlab.data import Shards, check_bound, counts
+from vitlab.dist import World
+from vitlab.jobs.place import Place
+
+
+class Ledger:
+    """What could not be read so far, by split; each sample once."""
+
+    def __init__(self, place: Place, shards: Shards, world: World) -> None:
+        self.place, self.shards, self.world = place, shards, world
+        self.met: dict[str, dict[tuple[str, str], Bad]] = {}
+
+    def watch(self, batches: Iterable[Batch], split: str) -> Iterator[Batch]:
+        """Passes the batches on and keeps what is bad in them."""
+        met = self.met.setdefault(split, {})
+        for batch in batches:
+            met.update({(one.shard, one.key): one for one in batch.bad})
+            if batch.bad:
+                self._check(split)
+            yield batch
+
+    def settle(self) -> dict[str, float]:
+        """How many of each kind all workers have met, and the index names. All ranks call it together."""
+        for theirs in self.world.gather(self.met):
+            for split, met in theirs.items():
+                self.met.setdefault(split, {}).update(met)
+        for split in self.met:
+            self._check(split)
+        bad = self.all()
+        return {"data/bad": float(len(bad))} | {f"data/bad/{k}": float(n) for k, n in counts(bad).items()}
+
+    def all(self) -> list[Bad]:
+        """Those of the index and those met, by shard and key."""
+        whole = {(one.shard, one.key): one for one in self.shards.bad}
+        for met in self.met.values():
+            whole.update(met)
+        return sorted(whole.values(), key=lambda one: (one.shard, one.key))
+
+    def publish(self) -> None:
+        """`data/bad_samples.csv` in the job's run, if there is anything to list."""
+        bad = self.all()
+        if not bad:
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            file = Path(scratch) / "bad_samples.csv"
+            with file.open("w", encoding="utf8", newline="") as text:
+                csv.writer(text, lineterminator="\n").writerows([Bad._fields, *bad])
+            self.place.store().upload_file(self.place.run_id, file, "data")
+
+    def _check(self, split: str) -> None:
+        met, bound = self.met[split].values(), self.place.data.max_bad
+        try:
+            check_bound(met, self.shards.count(split), bound, self.shards.where)
+        except UserError:
+            self.publish()
+            raise
