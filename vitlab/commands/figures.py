@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def writable(file: Path) -> None:
+def writable(file: Path, flag: str = "--json") -> None:
     """Before the work, not after it."""
     from vitlab.config import UserError
 
     if file.is_dir() or not file.parent.is_dir():
-        raise UserError(f"--json: {file}: a file in a folder that exists is needed")
+        raise UserError(f"{flag}: {file}: a file in a folder that exists is needed")

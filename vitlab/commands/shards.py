@@ -1,4 +1,4 @@
-"""`vitlab shards`: images become shards."""
+"""`vitlab shards`: images become shards, and shards are indexed, verified and looked at."""
 
 from __future__ import annotations
 
@@ -6,18 +6,31 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from vitlab.commands import inspecting
+
+EXAMPLES = """for example:
+  vitlab shards folder:/data/flowers /data/flowers-shards --held-out 0.2
+  vitlab shards index /data/my-tars
+  vitlab shards verify /data/flowers-shards --json verified.json
+  vitlab shards stats /data/flowers-shards --picture flowers.png"""
+
 
 def add(commands: Any) -> None:
     shards = commands.add_parser(
         "shards",
-        help="write WebDataset shards, or index existing ones",
-        epilog="example: vitlab shards folder:/data/flowers /data/flowers-shards --held-out 0.2",
+        help="write WebDataset shards; index, verify or look at existing ones",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     shards.add_argument(
-        "source", help="digits, folder:PATH, idx:PATH, hf:NAME[:split], or `index` to index DEST as it is"
+        "source",
+        help="digits, folder:PATH, idx:PATH, hf:NAME[:split], to write; or a word for the shards that DEST "
+        "holds: `index`: index its tars as they are, `verify`: is every byte and image well, `stats`: "
+        "classes, sizes, mean and spread, a picture",
     )
     shards.add_argument("dest", type=Path, help="the folder of the shards")
     _add_writing(shards.add_argument_group("to write"))
+    inspecting.add_inspecting(shards.add_argument_group("to verify and look at"))
     shards.set_defaults(action=act)
 
 
@@ -29,7 +42,13 @@ def _add_writing(group: Any) -> None:
 
 
 def act(given: argparse.Namespace) -> None:
-    _write(given)
+    inspecting.check_flags(given)
+    if given.source == "verify":
+        inspecting.verify(given)
+    elif given.source == "stats":
+        inspecting.stats(given)
+    else:
+        _write(given)
 
 
 def _write(given: argparse.Namespace) -> None:
