@@ -1,57 +1,40 @@
 """Files at a URL: read, written and kept near by, whatever kind of store it is.
 
 The only module that imports `fsspec`. Its file systems differ in how long they wait and in what they
-try again, so none of that is used: a transfer runs in a thread of its own and reports every byte that
-moves; one that falls silent is left behind, and tried again after a pause. What an abandoned thread still
-does goes to a file that nobody reads.
-
-Passwords and query strings (signed addresses) never come into a message.
+try again, so none of that is relied on; see `vitlab.data.patience`. A process has file systems of its own:
+connections and threads do not survive a fork.
 """
 
 from __future__ import annotations
 
-import errno
+import hashlib
 import os
 import re
 import tempfile
-import threading
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from vitlab.config import UserError, nearest, without_password
+from vitlab.config import UserError, nearest
+from vitlab.data.patience import PATIENT, Attempt, Missing, Patience, patiently, reason, shown
 
-T = TypeVar("T")
+__all__ = [
+    "Missing",
+    "Patience",
+    "download",
+    "exists",
+    "is_url",
+    "join",
+    "local_path",
+    "read_bytes",
+    "shown",
+    "upload",
+]
+
 URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 USUAL = ("https", "http", "s3", "gs", "memory", "file")
-LONGEST_WAIT = 30.0  # seconds between two tries at most
 AT_ONCE, SLOWEST = 128e6, 1e6  # bytes that a store may take without a sign, at so many a second
-LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # errors of this machine: no other try will help
-AGAIN = (408, 425, 429)  # the answers of a web server from 400 to 499 that ask for another try
-
-
-class Missing(Exception):  # noqa: N818 - not an error where a file may be missing
-    """The store answers that there is no such file. Final: it was not tried again."""
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long a store may be silent, and how often a transfer is tried again from its beginning."""
-
-    retries: int = 6
-    stall: float = 20.0  # seconds without a byte until a try is given up
-    first_wait: float = 0.5  # seconds until the second try; doubled each time
-
-    @property
-    def waits(self) -> list[float]:
-        return [min(self.first_wait * 2**k, LONGEST_WAIT) for k in range(self.retries)]
-
-    @property
-    def longest(self) -> float:
-        """Seconds from the last byte of a store that has fallen silent to the error that says so."""
-        return self.stall * (self.retries + 1) + sum(self.waits)
 
 
 # ---------------------------------------------------------------- addresses
@@ -76,11 +59,6 @@ def join(url: str, name: str) -> str:
     """A file of a directory; the query of a signed web address stays at the end."""
     base, mark, rest = url.partition("?") if _web(url) else (url, "", "")
     return f"{base.rstrip('/')}/{name}{mark}{rest}"
-
-
-def shown(text: str) -> str:
-    """A text as people may see it: its addresses without passwords and query strings."""
-    return re.sub(r"(://[^\s'\"?#]*)[?#][^\s'\"]*", r"\1", without_password(text))
 
 
 _stores: dict[tuple[int, str, float], Any] = {}  # by process: a forked one must not share connections
@@ -113,7 +91,7 @@ def _connect(url: str, scheme: str, patience: Patience) -> Any:
             options["client_kwargs"] = {"timeout": silent, "trust_env": True}
         return fsspec.core.url_to_fs(url, skip_instance_cache=True, **options)[0]
     except ImportError as error:
-        how = "pip install vitlab[s3]" if scheme in ("s3", "s3a") else _reason(error)
+        how = "pip install vitlab[s3]" if scheme in ("s3", "s3a") else reason(error)
         raise UserError(f"{shown(url)}: {scheme}:// needs a package that is not here: {how}") from None
     except ValueError:
         if scheme in fsspec.available_protocols():
@@ -125,137 +103,71 @@ def _connect(url: str, scheme: str, patience: Patience) -> Any:
         ) from None
 
 
-# ---------------------------------------------------------------- one transfer
+def _callback(attempt: Attempt) -> Any:
+    from fsspec.callbacks import Callback
 
-
-class _LeftBehind(Exception):  # noqa: N818 - ends a thread that nobody waits for
-    pass
-
-
-class _Attempt:
-    """One try, in a thread of its own: a transfer that stands still can be left behind."""
-
-    def __init__(self, work: Callable[[_Attempt], Any], stops: bool) -> None:
-        self.work, self.stops = work, stops
-        self.moved, self.left = time.monotonic(), False
-        self.result: Any = None
-        self.error: BaseException | None = None
-        self.thread = threading.Thread(target=self._run, daemon=True, name="transfer")
-        self.thread.start()
-
-    def _run(self) -> None:
-        try:
-            self.result = self.work(self)
-        except BaseException as error:  # handed over to the thread that waits
-            self.error = error
-
-    def sign(self, *_: Any, **__: Any) -> None:
-        """Bytes have moved. Ends the thread instead when nobody waits for them any more."""
-        if self.left and self.stops:
-            raise _LeftBehind
-        self.moved = time.monotonic()
-
-    def callback(self) -> Any:
-        from fsspec.callbacks import Callback
-
-        return Callback(hooks={"sign": self.sign})
-
-    def wait(self, stall: float, tick: Callable[[], None]) -> Any:
-        try:
-            while self.thread.is_alive():
-                self.thread.join(min(0.25, stall / 4))
-                tick()
-                if time.monotonic() - self.moved > stall and self.thread.is_alive():
-                    raise TimeoutError(f"no byte for {stall:g} s")
-        finally:
-            self.left = True
-        if self.error is not None:
-            raise self.error
-        return self.result
-
-
-def _patiently(
-    url: str,
-    patience: Patience,
-    work: Callable[[_Attempt], T],
-    tick: Callable[[], None] = lambda: None,
-    stops: bool = True,
-) -> T:
-    """Tries until it works, the store says no, or the patience ends: then one line."""
-    begin = time.monotonic()
-    for tries, wait in enumerate([*patience.waits, None], start=1):
-        try:
-            return _Attempt(work, stops).wait(patience.stall, tick)  # type: ignore[no-any-return]
-        except UserError:
-            raise
-        except Exception as error:
-            if _is_missing(error):
-                raise Missing(f"{shown(url)}: no such file") from None
-            if _is_final(error):
-                raise UserError(f"{shown(url)}: {_reason(error)}; {_remedy(error)}") from None
-            if wait is None:
-                took = time.monotonic() - begin
-                raise UserError(
-                    f"{shown(url)}: given up after {tries} tries in {took:.3g} s, at last: {_reason(error)}; "
-                    "see whether the store can be reached, then start again: what is done is kept"
-                ) from None
-        _pause(wait, tick)
-    raise AssertionError("the last try returns or raises")
-
-
-def _pause(seconds: float, tick: Callable[[], None]) -> None:
-    end = time.monotonic() + seconds
-    while (left := end - time.monotonic()) > 0:
-        time.sleep(min(left, 0.25))
-        tick()
-
-
-def _is_missing(error: BaseException) -> bool:
-    return isinstance(error, FileNotFoundError) or getattr(error, "status", None) in (404, 410)
-
-
-def _is_final(error: BaseException) -> bool:
-    """Whether another try would end the same way."""
-    status = getattr(error, "status", None)
-    if isinstance(status, int):
-        return status == 501 or (400 <= status < 500 and status not in AGAIN)
-    if isinstance(error, OSError) and error.errno in LOCAL:
-        return True
-    kinds = (PermissionError, NotImplementedError, IsADirectoryError, ValueError, TypeError, AttributeError)
-    return isinstance(error, kinds) or type(error).__name__ == "NoCredentialsError"
-
-
-def _remedy(error: BaseException) -> str:
-    if getattr(error, "errno", None) in LOCAL:
-        return "make room on this machine or choose another folder"
-    if getattr(error, "status", 0) in (405, 501) or isinstance(error, NotImplementedError):
-        return "this store cannot be written to; choose another, as s3://BUCKET/FOLDER"
-    return "check the address and the credentials"
-
-
-def _reason(error: BaseException) -> str:
-    status, message = getattr(error, "status", None), getattr(error, "message", None)
-    if isinstance(status, int):
-        return f"HTTP {status} {message or ''}".strip()
-    lines = str(error).strip().splitlines()
-    return shown(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__)
-
-
-def _download(url: str, path: Path, patience: Patience, tick: Callable[[], None] = lambda: None) -> None:
-    """The bytes at an address into a file of this try alone, `path`, which may hold less after an error."""
-
-    def get(attempt: _Attempt) -> None:
-        store, name = _store(url, patience)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        store.get_file(name, str(path), callback=attempt.callback())
-
-    _patiently(url, patience, get, tick)
+    return Callback(hooks={"sign": attempt.sign})
 
 
 # ---------------------------------------------------------------- single files
 
 
-def upload(local: Path, url: str, patience: Patience = Patience()) -> None:
+def download(
+    url: str,
+    beside: Path,
+    patience: Patience,
+    *,
+    size: int | None = None,
+    sha256: str | None = None,
+    tick: Callable[[], None] = lambda: None,
+) -> Path:
+    """A file with the bytes of an address, checked against `size` and `sha256`; its name begins as `beside`.
+
+    The caller renames it. Every try has a file of its own, so that one that was left behind cannot write
+    into another's. `tick` is called a few times a second.
+    """
+    parts: list[Path] = []
+    whole = None
+
+    def get(attempt: Attempt) -> Path:
+        attempt.file = part = beside.with_name(f"{beside.name}-{len(parts)}")
+        parts.append(part)
+        try:
+            store, name = _store(url, patience)
+            part.parent.mkdir(parents=True, exist_ok=True)
+            store.get_file(name, str(part), callback=_callback(attempt))
+            _check(part, size, sha256, attempt.sign)
+            attempt.sign()
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+        return part
+
+    try:
+        whole = patiently(url, patience, get, tick)
+        return whole
+    finally:
+        for part in parts:
+            if part != whole:
+                part.unlink(missing_ok=True)
+
+
+def _check(path: Path, size: int | None, sha256: str | None, sign: Callable[[], None]) -> None:
+    found = path.stat().st_size
+    if size is not None and found != size:
+        raise OSError(f"{found} bytes came, {size} are in the index")
+    if sha256 is None:
+        return
+    value = hashlib.sha256()
+    with path.open("rb") as file:  # in memory still: it was written a moment ago
+        while block := file.read(1 << 20):
+            value.update(block)
+            sign()
+    if value.hexdigest() != sha256:
+        raise OSError(f"the bytes have sha256 {value.hexdigest()[:12]}…, in the index it is {sha256[:12]}…")
+
+
+def upload(local: Path, url: str, patience: Patience = PATIENT) -> None:
     """Copies a file to an address; what is there is replaced.
 
     Some stores take much at once and give no sign meanwhile: the patience grows with the size. A try that
@@ -264,21 +176,21 @@ def upload(local: Path, url: str, patience: Patience = Patience()) -> None:
     size = local.stat().st_size
     patience = replace(patience, stall=patience.stall + min(size, AT_ONCE) / SLOWEST)
 
-    def put(attempt: _Attempt) -> None:
+    def put(attempt: Attempt) -> None:
         store, name = _store(url, patience)
         extra = {"method": "put"} if _web(url) else {}
-        store.put_file(str(local), name, callback=attempt.callback(), **extra)
+        store.put_file(str(local), name, callback=_callback(attempt), **extra)
         there = size if _web(url) else store.info(name)["size"]
         if there != size:
             raise OSError(f"{there} of {size} bytes are there")
 
-    _patiently(url, patience, put, stops=False)
+    patiently(url, patience, put, stops=False)
 
 
-def exists(url: str, patience: Patience = Patience()) -> bool:
+def exists(url: str, patience: Patience = PATIENT) -> bool:
     """Whether the store has this file; one that cannot be asked is an error."""
 
-    def look(_: _Attempt) -> None:
+    def look(_: Attempt) -> None:
         store, name = _store(url, patience)
         store.invalidate_cache()
         try:
@@ -287,15 +199,13 @@ def exists(url: str, patience: Patience = Patience()) -> bool:
             raise (_web(url) and error.__cause__) or error from None
 
     try:
-        _patiently(url, patience, look)
+        patiently(url, patience, look)
     except Missing:
         return False
     return True
 
 
-def read_bytes(url: str, patience: Patience = Patience()) -> bytes:
+def read_bytes(url: str, patience: Patience = PATIENT) -> bytes:
     """A small file; `Missing` if there is none."""
     with tempfile.TemporaryDirectory(prefix="vitlab-", ignore_cleanup_errors=True) as folder:
-        path = Path(folder, "file")
-        _download(url, path, patience)
-        return path.read_bytes()
+        return download(url, Path(folder, "file"), patience).read_bytes()
