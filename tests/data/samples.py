@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from vitlab.batch import Batch, View
-from vitlab.data import ReadPlan, Sample, Shards, ShardsConfig, Source, write_shards
+from vitlab.data import Raw, ReadPlan, Shards, ShardsConfig, Source, WriteOptions, write_shards
 from vitlab.data.sources import png
 
 VIEWS = (View("one", 8), View("two", 6))
@@ -33,13 +33,17 @@ def photo(channels: int = 3, side: int = 64) -> torch.Tensor:
 
 
 def source(pictures: Iterable[np.ndarray], classes: int = 3) -> Source:
-    pairs = enumerate(pictures)
-    samples: Iterator[Sample] = (Sample(f"s{i:04d}", "png", png(x), i % classes) for i, x in pairs)
-    return Source("test", samples, lambda: [str(i) for i in range(classes)])
+    made = [png(x) for x in pictures]
+
+    def samples(start: int) -> Iterator[Raw]:
+        for i in range(start, len(made)):
+            yield Raw(f"s{i:04d}", i % classes, lambda i=i: made[i])  # type: ignore[misc]
+
+    return Source("test", samples, [str(i) for i in range(classes)], len(made), str(len(made)))
 
 
 def shards(dest: Path, n: int = 100, size: int = 16) -> Shards:
-    return write_shards(source(images(n)), dest, held_out=0.2, val=0.1, shard_samples=size)
+    return write_shards(source(images(n)), dest, WriteOptions(shard_samples=size))
 
 
 def config(path: Path, **more: object) -> ShardsConfig:

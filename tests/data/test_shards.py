@@ -16,12 +16,12 @@ from PIL import Image
 from samples import images, one_line, raw_tar, shards, source
 
 from vitlab.config import UserError
-from vitlab.data import Shards, index_existing, open_shards, write_shards
+from vitlab.data import Shards, WriteOptions, index_existing, open_shards, write_shards
 from vitlab.data.index import SPLITS, columns_path
+from vitlab.data.packing import side
 from vitlab.data.read import Reader
 from vitlab.data.sources import png
 from vitlab.data.tars import Columns, index_tar, read_member
-from vitlab.data.write import side
 
 PICTURE = png(images(1)[0])
 
@@ -51,7 +51,10 @@ def test_same_input_same_bytes(tmp_path: Path) -> None:
 
 def test_splits_are_disjoint_whole_and_stable(tmp_path: Path) -> None:
     pictures = [*images(120), *images(40)]  # 40 of them twice
-    small, large = shards(tmp_path / "a"), write_shards(source(pictures), tmp_path / "b", shard_samples=16)
+    small, large = (
+        shards(tmp_path / "a"),
+        write_shards(source(pictures), tmp_path / "b", WriteOptions(shard_samples=16)),
+    )
     few, many = content(small), content(large)
     assert sum(map(len, many.values())) == 160
     assert sorted(data for part in many.values() for data in part) == sorted(map(png, pictures))

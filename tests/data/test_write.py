@@ -17,10 +17,12 @@ from samples import config, images, one_line, shards, source
 
 from vitlab.config import UserError, build, deciding
 from vitlab.data import (
+    Raw,
     Sample,
     Shards,
     ShardsConfig,
     Source,
+    WriteOptions,
     check_classes,
     digits,
     folder,
@@ -29,9 +31,12 @@ from vitlab.data import (
     open_shards,
     open_source,
     prepare,
+    progress,
     write_shards,
 )
 from vitlab.data import write as write_module
+from vitlab.data.bad import BadInputError
+from vitlab.data.packing import packed
 from vitlab.data.read import Reader
 from vitlab.data.sources import png
 
@@ -52,8 +57,10 @@ def table(n: int = 20) -> datasets.Dataset:
     return datasets.Dataset.from_dict(rows, features=FEATURES)
 
 
-def rows_of(src: Source) -> list[Sample]:
-    return list(src.samples)
+def rows_of(src: Source, start: int = 0) -> list[Sample]:
+    """The samples as they are copied, by the writer's own way."""
+    how = WriteOptions()
+    return [Sample(raw.key, *packed(raw.read(), how), raw.label) for raw in src.samples(start)]
 
 
 def write_idx(path: Path, array: np.ndarray, packed: bool) -> None:
@@ -63,19 +70,19 @@ def write_idx(path: Path, array: np.ndarray, packed: bool) -> None:
 
 def test_the_files_of_mnist(tmp_path: Path) -> None:
     wanted = []
-    for name, count, packed in (("train", 5, True), ("t10k", 3, False)):
+    for name, count, zipped in (("train", 5, True), ("t10k", 3, False)):
         pixels = np.random.default_rng(count).integers(0, 256, (count, 4, 6), np.uint8)
         labels = np.arange(count, dtype=np.uint8) % 3
-        end = ".gz" if packed else ""
-        write_idx(tmp_path / f"{name}-images-idx3-ubyte{end}", pixels, packed)
-        write_idx(tmp_path / f"{name}-labels-idx1-ubyte{end}", labels, packed)
+        end = ".gz" if zipped else ""
+        write_idx(tmp_path / f"{name}-images-idx3-ubyte{end}", pixels, zipped)
+        write_idx(tmp_path / f"{name}-labels-idx1-ubyte{end}", labels, zipped)
         wanted += list(zip(pixels, labels.tolist(), strict=True))
-        if packed:  # beside its unpacked self it is no second file, and half a download is none
+        if zipped:  # beside its unpacked self it is no second file, and half a download is none
             write_idx(tmp_path / f"{name}-images-idx3-ubyte", pixels, packed=False)
             write_idx(tmp_path / f"{name}-labels-idx1-ubyte", labels, packed=False)
             (tmp_path / f"{name}-images-idx3-ubyte.gz.part").write_bytes(b"")
     found = open_source(f"idx:{tmp_path}")
-    assert (found.total, found.classes()) == (8, ["0", "1", "2"])
+    assert (found.total, list(found.classes)) == (8, ["0", "1", "2"])
     for sample, (pixels, label) in zip(rows_of(found), wanted, strict=True):
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(sample.data))), pixels)
         assert sample.label == label
@@ -109,7 +116,7 @@ def test_broken_files_of_mnist(tmp_path: Path) -> None:
 def test_digits(tmp_path: Path) -> None:
     from sklearn.datasets import load_digits
 
-    made = write_shards(digits(), tmp_path / "d", shard_samples=200)
+    made = write_shards(digits(), tmp_path / "d", WriteOptions(shard_samples=200))
     counts = {name: made.count(name) for name in made.splits}
     assert sum(counts.values()) == 1797
     assert len(made.split("train")) >= 5
@@ -131,12 +138,10 @@ def test_folder(tmp_path: Path) -> None:
     (tmp_path / "in" / "cat" / "notes.txt").write_text("no image")
     found = open_source(str(tmp_path / "in"))
     samples = rows_of(found)
-    assert found.classes() == ["cat", "dog"]
+    assert list(found.classes) == ["cat", "dog"]
     assert found.total == len(samples) == 30
     assert sorted(s.data for s in samples) == sorted(map(jpeg, images(30)))
-    assert all(
-        s.extension == "jpg" and "." not in s.key and found.classes()[s.label] in s.key for s in samples
-    )
+    assert all(s.extension == "jpg" and "." not in s.key and found.classes[s.label] in s.key for s in samples)
     assert len({s.key for s in samples}) == 30
     assert sum(a.label != b.label for a, b in itertools.pairwise(samples)) > 5
     assert rows_of(folder(tmp_path / "in")) == samples
@@ -158,8 +163,9 @@ def test_folders_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no images in the class folder dog"):
         folder(tmp_path)
     (tmp_path / "dog").rmdir()
-    with pytest.raises(UserError, match="cat_a: format unknown; allowed: PNG, JPEG"):
+    with pytest.raises(BadInputError, match="begins with b'not an i'; allowed: PNG, JPEG") as caught:
         rows_of(folder(tmp_path))
+    assert caught.value.kind == "unknown_format"
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -171,7 +177,7 @@ def test_hugging_face_bytes_are_copied(tmp_path: Path, streaming: bool) -> None:
     given = {jpeg(x): i % 2 for i, x in enumerate(images(20))}
     assert {s.data: s.label for s in samples} == given
     assert {s.extension for s in samples} == {"jpg"}
-    made = write_shards(hugging_face(data), tmp_path / "h", shard_samples=4)
+    made = write_shards(hugging_face(data), tmp_path / "h", WriteOptions(shard_samples=4))
     assert made.classes == ["cat", "dog"]
 
 
@@ -183,12 +189,12 @@ def test_hugging_face_pixels_files_and_names(tmp_path: Path) -> None:
     features = datasets.Features({"img": datasets.Image(), "kind": datasets.Value("string")})
     found = hugging_face(datasets.Dataset.from_dict(rows, features=features))
     samples = rows_of(found)
-    assert found.classes() == ["a", "b", "c"]
+    assert list(found.classes) == ["a", "b", "c"]
     decoded = {np.array(Image.open(io.BytesIO(s.data))).tobytes(): s.label for s in samples}
     assert decoded == {x.tobytes(): label for x, label in zip(pictures, [1, 0, 1, 2], strict=True)}
 
 
-def test_hugging_face_stream_of_pixels_with_numbers() -> None:
+def test_hugging_face_stream_of_pixels_with_numbers(tmp_path: Path) -> None:
     pictures = images(3)
 
     def rows() -> Iterator[dict[str, object]]:
@@ -198,7 +204,7 @@ def test_hugging_face_stream_of_pixels_with_numbers() -> None:
     found = hugging_face(datasets.IterableDataset.from_generator(rows, features=features))
     decoded = [np.array(Image.open(io.BytesIO(s.data))) for s in rows_of(found)]
     assert all(map(np.array_equal, decoded, pictures))
-    assert found.classes() == ["0", "1", "2", "3", "4"]
+    assert write_shards(found, tmp_path / "s", WriteOptions(held_out=0.0, val=0.0)).classes == list("01234")
 
 
 def test_hugging_face_directory(tmp_path: Path) -> None:
@@ -220,16 +226,17 @@ def test_hugging_face_refused() -> None:
     with pytest.raises(UserError, match=r"data\.label_column: given 'labl'.*did you mean 'label'"):
         hugging_face(table(), label="labl")
     two = table().add_column("other", [0] * 20).cast_column("other", datasets.ClassLabel(names=["x"]))
-    assert hugging_face(two).classes() == ["cat", "dog"]
-    assert hugging_face(two, label="other").classes() == ["x"]
+    assert list(hugging_face(two).classes) == ["cat", "dog"]
+    assert list(hugging_face(two, label="other").classes) == ["x"]
     with pytest.raises(UserError, match="which column is the label"):
         hugging_face(two.rename_column("label", "first"))
     rows = {"image": [None], "label": [0]}
-    with pytest.raises(UserError, match="no image in this row"):
+    with pytest.raises(BadInputError, match="no image in this row"):
         rows_of(hugging_face(datasets.Dataset.from_dict(rows, features=FEATURES)))
     rows = {"image": [Image.fromarray(images(1)[0])], "label": [None]}
-    with pytest.raises(UserError, match="label None"):
-        rows_of(hugging_face(datasets.Dataset.from_dict(rows, features=FEATURES)))
+    assert [
+        row.label for row in hugging_face(datasets.Dataset.from_dict(rows, features=FEATURES)).samples(0)
+    ] == [-1]
 
 
 def test_unknown_source() -> None:
@@ -238,12 +245,12 @@ def test_unknown_source() -> None:
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
-    def samples() -> Iterator[Sample]:
-        yield from source(images(40)).samples
+    def samples(start: int) -> Iterator[Raw]:
+        yield from source(images(10)).samples(start)
         raise UserError("the disk is full")
 
     with pytest.raises(UserError, match="disk is full"):
-        write_shards(Source("x", samples(), list), tmp_path / "a", shard_samples=4)
+        write_shards(Source("x", samples), tmp_path / "a")
     assert os.listdir(tmp_path) == []
     shards(tmp_path / "a")
     with pytest.raises(UserError, match="is there already and not empty"):
@@ -251,7 +258,9 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be named so"):
         write_module._name(tmp_path / "gone", tmp_path / "a")
     with pytest.raises(UserError, match="no samples for training"):
-        write_shards(Source("x", iter(()), list), tmp_path / "b")
+        write_shards(Source("x", lambda start: iter(())), tmp_path / "b")
+    with pytest.raises(UserError, match="no samples for training"):
+        write_shards(source(images(9)), tmp_path / "b", WriteOptions(held_out=0.99, val=0.0))
     assert os.listdir(tmp_path) == ["a"]
 
 
@@ -260,11 +269,11 @@ def test_long_writes_are_shown(
 ) -> None:
     shards(tmp_path / "a")
     assert capsys.readouterr() == ("", "")
-    monkeypatch.setattr(write_module, "SHOW_AFTER", 0.0)
+    monkeypatch.setattr(progress, "SHOW_AFTER", 0.0)
     shards(tmp_path / "b")
     out, err = capsys.readouterr()
     assert out == ""
-    assert "100/" in err
+    assert "100/100" in err
     assert "images/s" in err
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +25,44 @@ def add(commands: Any) -> None:
     )
     shards.add_argument(
         "source",
-        help="digits, folder:PATH, idx:PATH, hf:NAME[:split], to write; or a word for the shards that DEST "
+        help="digits, folder:PATH, csv:FILE, npy:FILE.npz or npy:DIR, idx:DIR, tars:DIR, hf:NAME[:split] or "
+        "hf-stream:NAME[:split], to write; or a word for the shards that DEST "
         "holds: `index`: index its tars as they are, `verify`: is every byte and image well, `stats`: "
         "classes, sizes, mean and spread, a picture",
     )
-    shards.add_argument("dest", type=Path, help="the folder of the shards")
+    shards.add_argument("dest", type=_place, help="the folder of the shards, or to write an address: s3://…")
     _add_writing(shards.add_argument_group("to write"))
     inspecting.add_inspecting(shards.add_argument_group("to verify and look at"))
     shards.set_defaults(action=act)
 
 
 def _add_writing(group: Any) -> None:
-    group.add_argument("--held-out", type=float, default=0.2, help="fraction kept for evaluation (0.2)")
-    group.add_argument("--val", type=float, default=0.1, help="fraction kept for validation (0.1)")
+    group.add_argument("--held-out", type=float, help="fraction kept for evaluation (0.2)")
+    group.add_argument("--val", type=float, help="fraction kept for validation (0.1)")
     group.add_argument("--limit", type=int, help="no more than the first so many images of the source")
-    group.add_argument("--shard-samples", type=int, default=1000, help="images of a shard (1000)")
+    group.add_argument("--shard-samples", type=int, metavar="N", help="the most images of a shard (1000)")
+    group.add_argument("--shard-bytes", type=_size, metavar="SIZE", help="its most bytes (256MB)")
+    group.add_argument("--resize", type=int, metavar="N", help="make larger images smaller: shorter side")
+    group.add_argument("--quality", type=int, metavar="Q", help="every image becomes a JPEG of this quality")
+    group.add_argument("--max-bad", type=float, metavar="F", help="fraction of bad images to skip (0.001)")
+    group.add_argument("--workers", type=int, metavar="N", help="threads (one a core, at most 16)")
+    group.add_argument("--image-column", metavar="NAME", help="of csv:, npy:, hf:, where it is not plain")
+    group.add_argument("--label-column", metavar="NAME", help="of csv:, npy:, hf:, where it is not plain")
+
+
+def _place(text: str) -> Path | str:
+    from vitlab.data.remote import is_url
+
+    return text if is_url(text) else Path(text)
+
+
+def _size(text: str) -> int:
+    """`256MB`, `1.5GiB`, `1000000` → bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B?", text, re.IGNORECASE)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"given '{text}'; allowed: bytes, as 256MB, 1.5GiB or 1000000")
+    unit = 1024 if found[3] else 1000
+    return int(float(found[1]) * unit ** " KMGT".index(found[2].upper() or " "))
 
 
 def act(given: argparse.Namespace) -> None:
@@ -52,8 +76,8 @@ def act(given: argparse.Namespace) -> None:
 
 
 def _write(given: argparse.Namespace) -> None:
-    from vitlab.config import UserError
-    from vitlab.data import index_existing, limited, open_source, write_shards
+    from vitlab.config import UserError, build
+    from vitlab.data import WriteOptions, index_existing, limited, open_source, write_shards
     from vitlab.face import Face
 
     if given.limit is not None and given.limit < 1:
@@ -61,12 +85,11 @@ def _write(given: argparse.Namespace) -> None:
     if given.source == "index":
         made = index_existing(given.dest)
     else:
-        made = write_shards(
-            limited(open_source(given.source), given.limit),
-            given.dest,
-            held_out=given.held_out,
-            val=given.val,
-            shard_samples=given.shard_samples,
-        )
+        options = {name: getattr(given, name) for name in WriteOptions.model_fields if hasattr(given, name)}
+        options["write_workers"] = given.workers
+        how = build(WriteOptions, {name: value for name, value in options.items() if value is not None})
+        source = open_source(given.source, given.image_column, given.label_column)
+        made = write_shards(limited(source, given.limit), given.dest, how)
     counts = ", ".join(f"{made.count(split)} {split}" for split in made.splits)
-    Face().print(f"{counts} images of {len(made.classes)} classes in {made.path}")
+    bad = f"; {len(made.bad)} bad ones left out, see index.json" if made.bad else ""
+    Face().print(f"{counts} images of {len(made.classes)} classes in {given.dest}{bad}")

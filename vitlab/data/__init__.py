@@ -6,18 +6,21 @@ from vitlab.data.hugging_face import hugging_face
 from vitlab.data.index import ShardInfo, Shards, open_shards
 from vitlab.data.indexing import index_existing
 from vitlab.data.mixing import draw_lots, mixed
+from vitlab.data.opening import open_source
 from vitlab.data.order import Order, chosen, exact
+from vitlab.data.pixels import arrays
 from vitlab.data.read import ReadPlan, decode, eval_batches, order_of, train_batches
 from vitlab.data.recipes import AugmentConfig, RandAugmentConfig, ViewRecipe
-from vitlab.data.settings import ShardsConfig, check_classes, normalisation
-from vitlab.data.sources import Source, digits, folder
+from vitlab.data.settings import ShardsConfig, WriteOptions, check_classes, normalisation
+from vitlab.data.sources import Raw, Source, digits, folder, limited
 from vitlab.data.tars import Sample
-from vitlab.data.write import limited, open_source, prepare, write_shards
+from vitlab.data.write import prepare, write_shards
 
 __all__ = [
     "AugmentConfig",
     "Order",
     "RandAugmentConfig",
+    "Raw",
     "ReadPlan",
     "Sample",
     "ShardInfo",
@@ -25,6 +28,8 @@ __all__ = [
     "ShardsConfig",
     "Source",
     "ViewRecipe",
+    "WriteOptions",
+    "arrays",
     "check_bound",
     "check_classes",
     "chosen",
