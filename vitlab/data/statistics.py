@@ -63,10 +63,10 @@ class Statistics:
         """For a file."""
         splits = {}
         for name, split in self.splits.items():
-            counts = dict(zip(self.classes, split.counts.tolist(), strict=True))
-            splits[name] = {"images": split.images, "bytes": split.bytes, "classes": counts}
+            splits[name] = {"images": split.images, "bytes": split.bytes, "counts": split.counts.tolist()}
         names = ("min", "median", "max")
         return {
+            "classes": self.classes,
             "splits": splits,
             "formats": self.formats,
             "looked_at": {"images": self.chosen, "of": self.of, "broken": self.seen.broken},

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 TILE, GAP = 96, 6  # pixels of an image of the sheet, and between two
 ROWS, COLUMNS = 12, 8
+EDGE = 204
 NAMED = 40  # classes that have a bar and a name of their own
 TINTS = {"train": BLUE, "val": "#e08a3c", "held_out": "#9dbbd6"}
 
@@ -95,7 +96,9 @@ def _draw_sheet(
     for r, label in enumerate(shown):
         tiles = [image for image, one in zip(images, labels, strict=True) if one == label][:columns]
         for c, image in enumerate(tiles):
-            canvas[r * step : r * step + TILE, c * step : c * step + TILE] = tile(image)
+            place = canvas[r * step : r * step + TILE, c * step : c * step + TILE]
+            place[:] = EDGE  # or a light sky would melt into the paper
+            place[1:-1, 1:-1] = tile(image)[1:-1, 1:-1]
     axes.imshow(canvas, interpolation="lanczos")
     names = [_name(label, classes, counts) for label in shown]
     axes.set_yticks([r * step + TILE / 2 for r in range(len(shown))], names, fontsize=9)
@@ -137,18 +140,27 @@ def _draw_classes(axes: Axes, classes: Sequence[str], counts: Mapping[str, Seque
     order = np.argsort(-total, kind="stable") if many else np.arange(len(classes))
     base = np.zeros(len(classes))
     for name, some in splits.items():
-        color = TINTS.get(name, "#777777")
-        axes.bar(
-            order.argsort() if many else order, some, 1.0 if many else 0.78, base, color=color, label=name
-        )
-        base += some
+        color, top = TINTS.get(name, "#777777"), base + some[order]
+        if many:  # as one area: thousands of bars take minutes
+            axes.fill_between(
+                np.arange(len(order)), base, top, step="mid", color=color, label=name, linewidth=0
+            )
+        else:
+            axes.bar(order, some, 0.78, base, color=color, label=name)
+        base = top
     if many:
         axes.set_xlabel("classes, the largest first", fontsize=8)
+        axes.tick_params(axis="x", labelsize=8)
     else:
         names = [shortened(name) for name in classes]
-        turned = 90 if max(map(len, names)) * len(names) > 60 else 0  # letters that fit side by side
-        axes.set_xticks(range(len(names)), names, rotation=turned, fontsize=8 if len(names) <= 20 else 6)
-    axes.set_title(f"images of the {len(classes)} classes", fontsize=9)
+        size = 8 if len(names) <= 20 else 6
+        axes.set_xticks(range(len(names)), names, fontsize=size)
+        if max(map(len, names)) * len(names) > 60:  # letters that fit side by side
+            for name in axes.get_xticklabels():
+                name.set(rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_title("images of each class", fontsize=9)
+    axes.tick_params(axis="y", labelsize=8)
+    axes.yaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize=7, frameon=False, ncols=len(splits), loc="upper right")
     axes.set_ylim(0, max(base.max(), 1) * 1.18)  # room for the legend
     _plain(axes)
@@ -162,9 +174,8 @@ def _draw_sizes(axes: Axes, widths: Sequence[int], heights: Sequence[int]) -> No
     axes.scatter(x, y, 12 + 300 * share, color=BLUE, alpha=0.35 if len(found) > 1 else 1.0, linewidths=0)
     low, high = min(x.min(), y.min()), max(x.max(), y.max())
     if high > 8 * low:
-        axes.set_xscale("log")
-        axes.set_yscale("log")
         ends = (low / 1.3, high * 1.3)
+        _logarithmic(axes, ends)
     else:
         margin = 0.12 * (high - low) or 0.5 * high
         ends = (max(0, low - margin), high + margin)
@@ -172,6 +183,7 @@ def _draw_sizes(axes: Axes, widths: Sequence[int], heights: Sequence[int]) -> No
     axes.set_xlim(ends)
     axes.set_ylim(ends)
     axes.set_aspect("equal")
+    axes.tick_params(labelsize=8)
     axes.set_xlabel("width in pixels", fontsize=8)
     axes.set_ylabel("height", fontsize=8)
     one = f"all are {x[0]} × {y[0]}" if len(found) == 1 else f"{len(found)} sizes"
@@ -179,6 +191,20 @@ def _draw_sizes(axes: Axes, widths: Sequence[int], heights: Sequence[int]) -> No
     _plain(axes)
 
 
+def _logarithmic(axes: Axes, ends: tuple[float, float]) -> None:
+    """Both sides, named in pixels and not as powers of ten."""
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    steps = [digit * 10**power for power in range(6) for digit in (1, 2, 5)]
+    named = [n for n in steps if ends[0] <= n <= ends[1]]
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(FixedLocator(named))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter("{x:g}")
+
+
 def _plain(axes: Axes) -> None:
-    axes.tick_params(labelsize=8, length=2)
+    axes.tick_params(length=2)
     axes.spines[["top", "right"]].set_visible(False)
