@@ -16,7 +16,11 @@ from typing import Any, NamedTuple
 
 from vitlab.batch import Bad
 from vitlab.config import UserError, digest, nearest
+from vitlab.data.local_cache import Cache
+from vitlab.data.remote import Missing, Patience, is_url, local_path, shown
+from vitlab.data.settings import RemoteConfig
 from vitlab.data.tars import Columns, sha256_file
+from vitlab.home import home
 
 FORMAT = "vitlab-shards/1"
 INDEX = "index.json"
@@ -42,11 +46,17 @@ class Shards:
     splits: dict[str, list[ShardInfo]]
     made: dict[str, Any] = field(default_factory=dict)  # how they came to be
     bad: list[Bad] = field(default_factory=list)  # what was in the tars, but could not become a sample
+    cache: Cache | None = None  # of those at a URL
 
     @property
     def where(self) -> str:
+        """Their place as people may see it."""
+        return shown(self.cache.url) if self.cache else str(self.path)
+
+    @property
+    def address(self) -> str:
         """What opens them again."""
-        return str(self.path)
+        return self.cache.url if self.cache else str(self.path)
 
     @property
     def digest(self) -> str:
@@ -73,12 +83,23 @@ class Shards:
 
     def file(self, info: ShardInfo) -> Path:
         """The tar on this machine."""
+        if self.cache:
+            return self.cache.tar(info.file, info.bytes, info.sha256)
         return self.path / info.file
+
+    def open(self, info: ShardInfo) -> int:
+        """A tar's file descriptor; -1 where there is no such file."""
+        try:
+            if self.cache:
+                return self.cache.open_tar(info.file, info.bytes, info.sha256)
+            return os.open(self.path / info.file, os.O_RDONLY)
+        except (FileNotFoundError, Missing):
+            return -1
 
     def columns(self, info: ShardInfo) -> Columns:
         """The samples of one tar, checked to lie inside it."""
         path = columns_path(self.path / info.file)
-        data = _json(path)
+        data = _json(_near(self.cache, path.name) if self.cache else path)
         names = [f.name for f in dataclasses.fields(Columns)]
         if not isinstance(data, dict) or sorted(data) != sorted(names):
             raise UserError(f"{path}: expected the columns {', '.join(names)}; {_anew(self.path)}")
@@ -140,12 +161,14 @@ def _json(path: Path) -> Any:
         raise UserError(f"{path}: not valid JSON ({error}); {_anew(path.parent)}") from None
 
 
-def open_shards(where: str | Path, max_bad: float = 0.0) -> Shards:
-    """The shards of a directory, after a look at every file's size.
+def open_shards(where: str | Path, max_bad: float = 0.0, remote: RemoteConfig | None = None) -> Shards:
+    """The shards of a directory, after a look at every file's size, or those at a URL.
 
     `max_bad`: the fraction of samples that may be lost with missing and cut files; the reader names them.
     """
-    path = Path(where)
+    if is_url(str(where)):
+        return _open_remote(str(where), remote or RemoteConfig())
+    path = local_path(str(where))
     if not path.is_dir():
         here = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
         near = nearest(path.name, here)
@@ -166,6 +189,26 @@ def open_shards(where: str | Path, max_bad: float = 0.0) -> Shards:
         more = f" ({missing} of {total} samples lost, data.max_bad allows {max_bad:.2%})" if max_bad else ""
         raise UserError(f"{first}{more}; copy it again or {_anew(path)}")
     return shards
+
+
+def _open_remote(url: str, config: RemoteConfig) -> Shards:
+    """The index is fetched anew each time; tars come when they are needed, by the content's name."""
+    folder = Path(config.cache) if config.cache else home() / "cache" / "shards"
+    patience = Patience(config.retries, config.stall)
+    cache = Cache(url.rstrip("/"), folder, int(config.cache_gb * 1e9), patience, digest({"url": url})[:16])
+    shards = read_index(_near(cache, INDEX, refresh=True).parent)
+    cache = dataclasses.replace(cache, name=shards.digest[:16])
+    return dataclasses.replace(shards, path=cache.path, cache=cache)
+
+
+def _near(cache: Cache, name: str, refresh: bool = False) -> Path:
+    try:
+        return cache.small(name, refresh)
+    except Missing:
+        raise UserError(
+            f"{shown(cache.url)}: no {name} there; write shards with `vitlab shards SOURCE URL`, or copy tars "
+            "there after `vitlab shards index DIR`"
+        ) from None
 
 
 def read_index(path: Path) -> Shards:
