@@ -206,8 +206,8 @@ def _near(cache: Cache, name: str, refresh: bool = False) -> Path:
         return cache.small(name, refresh)
     except Missing:
         raise UserError(
-            f"{shown(cache.url)}: no {name} there; write shards with `vitlab shards SOURCE URL`, or copy tars "
-            "there after `vitlab shards index DIR`"
+            f"{shown(cache.url)}: no {name} there; write shards with `vitlab shards SOURCE URL`, or copy tars"
+            " there after `vitlab shards index DIR`"
         ) from None
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from vitlab.config import Config, UserError, free
-from vitlab.data.index import Shards
+
+if TYPE_CHECKING:
+    from vitlab.data.index import Shards
 
 Channel = Annotated[list[float], Field(min_length=1, max_length=3)]
 
@@ -37,14 +39,51 @@ class WriteOptions(Config):
         return self
 
 
-class ShardsConfig(WriteOptions):
-    """The images: where they come from, how they are split, in which shape models see them."""
+class Origin(Config):
+    """Where images come from."""
 
     source: str | None = None  # see `open_source`
     path: str | None = free(None)  # existing shards; what they are is told by their digest
     image_column: str | None = None  # of a table, where the choice is not plain
     label_column: str | None = None
     limit: int | None = Field(default=None, ge=1)  # no more than the first so many of the source
+
+    def check_origin(self) -> None:
+        if (self.source is None) == (self.path is None):
+            given = "both" if self.path is not None else "neither"
+            raise ValueError(
+                f"give exactly one of source (to write shards) and path (existing ones); given {given}"
+            )
+        if self.path is not None and self.limit is not None:
+            raise ValueError(f"limit: given {self.limit}; it is for a source, shards in path are read whole")
+
+
+class SetConfig(Origin):
+    """One of several sets of images that are read as one."""
+
+    weight: float | None = Field(default=None, gt=0)  # its share of every batch, in any unit; see `blend`
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        self.check_origin()
+        return self
+
+
+class RemoteConfig(Config):
+    """Shards at a URL: a bounded folder here that holds them, and patience with where they come from."""
+
+    cache: str | None = free(None)  # the folder, absolute; default cache/shards of the home folder
+    cache_gb: float = free(50.0, gt=0)  # the most that all shards in it take together
+    ahead: int = free(4, ge=0)  # shards fetched before a worker needs them, beside those it reads
+    retries: int = free(6, ge=0)  # of one transfer, after pauses that double from half a second
+    stall: float = free(20.0, gt=0)  # seconds without a byte until a transfer is tried again
+
+
+class ShardsConfig(Origin, WriteOptions):
+    """The images: where they come from, how they are split, in which shape models see them."""
+
+    sets: list[SetConfig] = Field(default=[])  # several origins instead of one; other keys hold for all
+    remote: RemoteConfig = RemoteConfig()
     image_size: int = Field(ge=1)  # the side in pixels that models see
     channels: Literal[1, 3] = 3
     num_classes: int | None = Field(default=None, ge=1)  # checked against the shards
@@ -55,13 +94,10 @@ class ShardsConfig(WriteOptions):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if (self.source is None) == (self.path is None):
-            given = "both" if self.path is not None else "neither"
-            raise ValueError(
-                f"give exactly one of source (to write shards) and path (existing ones); given {given}"
-            )
-        if self.path is not None and self.limit is not None:
-            raise ValueError(f"limit: given {self.limit}; it is for a source, shards in path are read whole")
+        if self.sets:
+            self._check_sets()
+        else:
+            self.check_origin()
         for name, values in (("mean", self.mean), ("std", self.std)):
             if values is not None and len(values) != self.channels:
                 raise ValueError(
@@ -70,6 +106,32 @@ class ShardsConfig(WriteOptions):
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"std: given {self.std}; allowed: numbers above 0")
         return self
+
+    def _check_sets(self) -> None:
+        for name in Origin.model_fields:
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}: given beside sets; write it into one of the sets or leave sets out"
+                )
+        weighted = sum(one.weight is not None for one in self.sets)
+        if 0 < weighted < len(self.sets):
+            raise ValueError(
+                f"sets: {weighted} of {len(self.sets)} have a weight; give it to all of them or to none"
+            )
+
+    def parts(self) -> list[ShardsConfig]:
+        """A section for each set, as if it were the only one. Classes are counted over all of them."""
+        if not self.sets:
+            return [self]
+        names = set(type(self).model_fields) - {"sets", "num_classes"} - set(Origin.model_fields)
+        common = {name: getattr(self, name) for name in names}
+        origins = [{name: getattr(one, name) for name in Origin.model_fields} for one in self.sets]
+        return [type(self)(**common, **origin) for origin in origins]
+
+    @property
+    def weights(self) -> list[float | None]:
+        """Of the sets; what `blend` takes beside the shards of the parts."""
+        return [one.weight for one in self.sets] or [None]
 
 
 def normalisation(config: ShardsConfig) -> tuple[Tensor, Tensor]:
