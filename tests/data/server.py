@@ -22,14 +22,15 @@ class Server:
     """Files by name, over HTTP on this machine.
 
     What a rule may answer: well; drop (half of the body, then the end); silent (nothing at all); stuck (half
-    of the body, then nothing); slow (in ten parts, a tenth of a second apart); wrong (other bytes of the same
-    length); or a status, as 500.
+    of the body, then nothing); late (half of the body, and other bytes when `wake` is set); slow (in ten
+    parts, a tenth of a second apart); wrong (other bytes of the same length); or a status, as 500.
     """
 
     def __init__(self, files: dict[str, bytes], rule: Rule = always_well) -> None:
         self.files, self.rule = files, rule
         self.asked: Counter[str] = Counter()  # GETs by name
         self.total = 0
+        self.wake = threading.Event()
         self.lock, self.over = threading.Lock(), threading.Event()
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.http.daemon_threads = True
@@ -48,6 +49,7 @@ class Server:
 
     def close(self) -> None:
         self.over.set()
+        self.wake.set()
         self.http.shutdown()
         self.http.server_close()
         self.thread.join()
@@ -70,10 +72,10 @@ def _handler(server: Server) -> type[BaseHTTPRequestHandler]:
         def log_message(self, *args: object) -> None:
             pass
 
-        def do_HEAD(self) -> None:  # noqa: N802
+        def do_HEAD(self) -> None:
             self._begin(self._name())
 
-        def do_PUT(self) -> None:  # noqa: N802
+        def do_PUT(self) -> None:
             assert self.headers["Transfer-Encoding"] == "chunked"
             body = b""
             while size := int(self.rfile.readline(), 16):
@@ -85,7 +87,7 @@ def _handler(server: Server) -> type[BaseHTTPRequestHandler]:
             self.send_header("Content-Length", "0")
             self.end_headers()
 
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             name = self._name()
             done = server.rule(server.count(name), name)
             if done == "silent":
@@ -131,6 +133,10 @@ def _handler(server: Server) -> type[BaseHTTPRequestHandler]:
                 for start in range(0, len(body), tenth):
                     self.wfile.write(body[start : start + tenth])
                     server.over.wait(0.1)
+            elif how == "late":
+                self.wfile.write(body[:half])
+                server.wake.wait()
+                self.wfile.write(bytes(len(body) - half))
             elif how in ("drop", "stuck"):
                 self.wfile.write(body[:half])
                 if how == "stuck":

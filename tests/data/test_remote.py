@@ -63,8 +63,8 @@ def test_no_secret_is_shown() -> None:
     [
         (
             "htps://h/a?sig=1",
-            "htps://h/a: unknown kind of address 'htps'; allowed: a path, or an address with https://, http://, "
-            "s3://, gs://, memory://, file:// or another protocol of fsspec; did you mean 'https'?",
+            "htps://h/a: unknown kind of address 'htps'; allowed: a path, or an address with https://, "
+            "http://, s3://, gs://, memory://, file:// or another protocol of fsspec; did you mean 'https'?",
         ),
         ("http://[h/a", "http://[h/a: ValueError: Invalid IPv6 URL; check the address and the credentials"),
     ],
@@ -86,9 +86,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (
         str(caught.value) == "s3://bucket/a: s3:// needs a package that is not here: pip install vitlab[s3]"
     )
-    with pytest.raises(
-        UserError, match="needs a package that is not here: ImportError: Install what gs needs$"
-    ):
+    with pytest.raises(UserError, match=r"ImportError: Install what gs needs$"):
         exists("gs://bucket/a", QUICK)
 
 
@@ -142,9 +140,7 @@ def test_a_store_that_cannot_be_written_to(tmp_path: Path) -> None:
     site.RequestHandlerClass.log_message = lambda *_: None  # type: ignore[method-assign]
     threading.Thread(target=site.serve_forever, args=(0.02,), daemon=True).start()
     try:
-        with pytest.raises(
-            UserError, match=r"this store cannot be written to; choose another, as s3://BUCKET/"
-        ):
+        with pytest.raises(UserError, match=r"this store cannot be written to; choose another, as"):
             upload(tmp_path / "a", f"http://127.0.0.1:{site.server_port}/a", QUICK)
     finally:
         site.shutdown()
@@ -238,31 +234,16 @@ def test_wrong_bytes_are_fetched_again(tmp_path: Path) -> None:
 
 
 def test_what_is_left_behind_writes_nowhere(tmp_path: Path) -> None:
-    """The first try stands still in mid-body and wakes up, with other bytes, after the second is done."""
-    wake, ended = threading.Event(), threading.Event()
-    tries: list[Path] = []
-
-    def get(attempt: Attempt) -> Path:
-        part = tmp_path / f"part-{len(tries)}"
-        tries.append(part)
-        with part.open("wb") as file:
-            try:
-                if len(tries) == 1:
-                    file.write(b"old")
-                    wake.wait()
-                    attempt.sign()
-                    file.write(b"older")
-                file.write(b"new")
-            finally:
-                ended.set()
-        return part
-
-    part = patiently("memory://a", QUICK, get)
-    ended.clear()
-    wake.set()
-    assert ended.wait(2)
-    assert part.read_bytes() == b"new"
-    assert tries[0].read_bytes() == b"old"
+    """The first try stands still in mid-body and goes on, with other bytes, after the second is done."""
+    with Server({"a": BODY}, lambda number, name: "late" if number == 1 else "well") as server:
+        part = download(f"{server.url}/a", tmp_path / "a", QUICK)
+        left = [thread for thread in threading.enumerate() if thread.name == "transfer"]
+        assert len(left) == 1
+        server.wake.set()
+        left[0].join(5)
+        assert not left[0].is_alive()
+    assert part.read_bytes() == BODY
+    assert list(tmp_path.iterdir()) == [part]
 
 
 def test_a_full_disk_is_not_the_stores_fault(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ __all__ = [
 
 URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 USUAL = ("https", "http", "s3", "gs", "memory", "file")
+LEFT = 60.0  # seconds until a connection that was left behind is closed, if it stays silent
 AT_ONCE, SLOWEST = 128e6, 1e6  # bytes that a store may take without a sign, at so many a second
 
 
@@ -64,43 +65,48 @@ def join(url: str, name: str) -> str:
 _stores: dict[tuple[int, str, float], Any] = {}  # by process: a forked one must not share connections
 
 
-def _store(url: str, patience: Patience) -> tuple[Any, str]:
-    """The file system of an address, and the address as that file system calls it."""
-    scheme, _, rest = url.partition("://")
-    key = (os.getpid(), f"{scheme}://{rest.partition('/')[0]}", patience.stall)
-    if key not in _stores:
-        _stores[key] = _connect(url, scheme.lower(), patience)
-    store = _stores[key]
-    return store, str(store._strip_protocol(url))
-
-
-def _connect(url: str, scheme: str, patience: Patience) -> Any:
+def _known(url: str) -> None:
+    """Loads what this kind of address needs, before any time is taken; one line if that is not here."""
     import fsspec
 
-    options: dict[str, Any] = {}
+    scheme = url.partition("://")[0].lower()
     try:
         fsspec.get_filesystem_class(scheme)
-        if _web(url):
-            import aiohttp
-
-            # Its own bound is five minutes for a whole file. Ours is the watch on the bytes; that of the
-            # socket only ends what was left behind.
-            silent = aiohttp.ClientTimeout(
-                total=None, sock_connect=patience.stall, sock_read=2 * patience.stall
-            )
-            options["client_kwargs"] = {"timeout": silent, "trust_env": True}
-        return fsspec.core.url_to_fs(url, skip_instance_cache=True, **options)[0]
     except ImportError as error:
         how = "pip install vitlab[s3]" if scheme in ("s3", "s3a") else reason(error)
         raise UserError(f"{shown(url)}: {scheme}:// needs a package that is not here: {how}") from None
     except ValueError:
-        if scheme in fsspec.available_protocols():
-            raise
         near = nearest(scheme, fsspec.available_protocols())
         raise UserError(
             f"{shown(url)}: unknown kind of address '{scheme}'; allowed: a path, or an address with "
             f"{', '.join(f'{name}://' for name in USUAL)} or another protocol of fsspec{near}"
         ) from None
+
+
+def _store(url: str, patience: Patience) -> tuple[Any, str]:
+    """The file system of an address, and the address as that file system calls it."""
+    scheme, _, rest = url.partition("://")
+    key = (os.getpid(), f"{scheme}://{rest.partition('/')[0]}", patience.stall)
+    if key not in _stores:
+        _stores[key] = _connect(url, patience)
+    store = _stores[key]
+    return store, str(store._strip_protocol(url))
+
+
+def _connect(url: str, patience: Patience) -> Any:
+    import fsspec
+
+    options: dict[str, Any] = {}
+    if _web(url):
+        import aiohttp
+
+        # Its own bound is five minutes for a whole file. Ours is the watch on the bytes; that of the
+        # socket only ends what was left behind.
+        silent = aiohttp.ClientTimeout(
+            total=None, sock_connect=patience.stall, sock_read=patience.stall + LEFT
+        )
+        options["client_kwargs"] = {"timeout": silent, "trust_env": True}
+    return fsspec.core.url_to_fs(url, skip_instance_cache=True, **options)[0]
 
 
 def _callback(attempt: Attempt) -> Any:
@@ -126,6 +132,7 @@ def download(
     The caller renames it. Every try has a file of its own, so that one that was left behind cannot write
     into another's. `tick` is called a few times a second.
     """
+    _known(url)
     parts: list[Path] = []
     whole = None
 
@@ -173,6 +180,7 @@ def upload(local: Path, url: str, patience: Patience = PATIENT) -> None:
     Some stores take much at once and give no sign meanwhile: the patience grows with the size. A try that
     was left behind may end its work, with the same bytes.
     """
+    _known(url)
     size = local.stat().st_size
     patience = replace(patience, stall=patience.stall + min(size, AT_ONCE) / SLOWEST)
 
@@ -189,6 +197,7 @@ def upload(local: Path, url: str, patience: Patience = PATIENT) -> None:
 
 def exists(url: str, patience: Patience = PATIENT) -> bool:
     """Whether the store has this file; one that cannot be asked is an error."""
+    _known(url)
 
     def look(_: Attempt) -> None:
         store, name = _store(url, patience)
