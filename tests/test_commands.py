@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from PIL import Image
 
 from vitlab import cli
 from vitlab.commands import inspecting
-from vitlab.data import Sample, Shards, Source, write_shards
+from vitlab.data import index_existing
 from vitlab.data.sources import png
 from vitlab.evaluation.data_pictures import GAP, TILE, contact_sheet, data_figure, tile
 from vitlab.evaluation.pictures import save_figure
@@ -38,16 +40,25 @@ def vitlab(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     return run
 
 
-def write(dest: Path, n: int = 60, classes: int = 4) -> Shards:
+def write(dest: Path, n: int = 60, classes: int = 4) -> Path:
+    """Tars of 16 images, most of them for training, and their index."""
+    dest.mkdir()
     pictures = np.random.default_rng(0).integers(0, 256, (n, 8, 8, 3), dtype=np.uint8)
-    samples = (Sample(f"s{i:04d}", "png", png(x), i % classes) for i, x in enumerate(pictures))
-    names = [f"class {i}" for i in range(classes)]
-    return write_shards(Source("test", samples, lambda: names), dest, shard_samples=16)
+    for number, start in enumerate(range(0, n, 16)):
+        split = ("train", "train", "val", "held_out")[number % 4]
+        with tarfile.open(dest / f"{split}-{number:06d}.tar", "w") as tar:
+            for i in range(start, min(n, start + 16)):
+                for end, data in (("png", png(pictures[i])), ("cls", str(i % classes).encode())):
+                    member = tarfile.TarInfo(f"s{i:04d}.{end}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    index_existing(dest, [f"class {i}" for i in range(classes)])
+    return dest
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("whole") / "data").path
+    return write(tmp_path_factory.mktemp("whole") / "data")
 
 
 # ---------------------------------------------------------------- verify
@@ -81,7 +92,7 @@ def test_what_is_bad_is_told(whole: Path, tmp_path: Path, vitlab: Said) -> None:
 
 
 def test_ten_are_named(tmp_path: Path, vitlab: Said) -> None:
-    path = write(tmp_path / "data", n=400).path
+    path = write(tmp_path / "data", n=400)
     tars = sorted(path.glob("*.tar"))
     for file in tars:
         file.unlink()
@@ -89,6 +100,12 @@ def test_ten_are_named(tmp_path: Path, vitlab: Said) -> None:
     assert code == 1
     assert said.count("the file is missing") == 10
     assert f"… and {len(tars) - 10} more; --json FILE writes all" in said
+
+
+def test_an_address(vitlab: Said) -> None:
+    code, said = vitlab("shards", "verify", "s3://bucket/flowers")
+    assert code == 2
+    assert said.startswith("vitlab: s3://bucket/flowers: verify looks at folders of this machine; ")
 
 
 def test_no_shards(tmp_path: Path, vitlab: Said) -> None:
@@ -148,7 +165,7 @@ def test_a_choice_is_said(whole: Path, tmp_path: Path, vitlab: Said, monkeypatch
 def test_many_classes_are_cut(tmp_path: Path, vitlab: Said, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inspecting, "CLASSES", 2)
     monkeypatch.setattr(inspecting, "_draw", lambda *given: None)
-    path = write(tmp_path / "data").path
+    path = write(tmp_path / "data")
     said = vitlab("shards", "stats", path, "--picture", tmp_path / "x.png")[1]
     assert "class 1 " in said
     assert "class 2 " not in said

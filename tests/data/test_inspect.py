@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from samples import images, one_line, raw_tar, shards
 
 from vitlab.batch import Bad
 from vitlab.config import UserError
-from vitlab.data import Sample, Shards, Source, index_existing, open_shards, write_shards
+from vitlab.data import Shards, index_existing, open_shards
 from vitlab.data.index import columns_path, save_index
 from vitlab.data.inspect import MEANING, Verdict, verify
 from vitlab.data.sources import png
@@ -256,13 +255,14 @@ def colours(n: int, side: int = 8) -> list[np.ndarray]:
 
 
 def of(pictures: list[np.ndarray], dest: Path, classes: int = 3) -> Shards:
-    def samples() -> Iterator[Sample]:
-        for i, picture in enumerate(pictures):
-            yield Sample(f"s{i:04d}", "png", png(picture), i % classes)
-
-    return write_shards(
-        Source("test", samples(), lambda: [f"class {i}" for i in range(classes)]), dest, shard_samples=8
-    )
+    """Tars of 8 images; every fifth is for validation."""
+    dest.mkdir()
+    for number, start in enumerate(range(0, len(pictures), 8)):
+        members = []
+        for i in range(start, min(start + 8, len(pictures))):
+            members += [(f"s{i:04d}.png", png(pictures[i])), (f"s{i:04d}.cls", str(i % classes).encode())]
+        raw_tar(dest / f"{'val' if number % 5 == 4 else 'train'}-{number}.tar", members)
+    return index_existing(dest, [f"class {i}" for i in range(classes)])
 
 
 def training(found: Shards) -> np.ndarray:
@@ -293,16 +293,7 @@ def test_figures_are_those_of_numpy(tmp_path: Path) -> None:
 
 def test_images_weigh_the_same_whatever_their_size(tmp_path: Path) -> None:
     black, white = np.zeros((20, 30, 3), np.uint8), np.full((5, 10, 3), 255, np.uint8)
-    made = write_shards(
-        Source(
-            "test",
-            iter([Sample("a", "png", png(black), 0), Sample("b", "png", png(white), 0)]),
-            lambda: ["one"],
-        ),
-        tmp_path / "data",
-        held_out=0,
-        val=0,
-    )
+    made = of([black, white], tmp_path / "data", classes=1)
     found = statistics(made)
     assert (found.seen.mean, found.seen.std) == ([0.5], [0.5])  # grey: one channel
     assert (spread(found.seen.widths), spread(found.seen.heights)) == ((10, 20, 30), (5, 12.5, 20))

@@ -50,9 +50,12 @@ def check_flags(given: argparse.Namespace) -> None:
 
 def verify(given: argparse.Namespace) -> None:
     """Ends with exit code 1 if anything is bad."""
+    from vitlab.config import UserError
     from vitlab.data.inspect import verify as look
     from vitlab.face import Face, duration
 
+    if not isinstance(given.dest, Path):
+        raise UserError(f"{given.dest}: verify looks at folders of this machine; copy the shards into one")
     face, begin = Face(), time.monotonic()
     with counting("verifying", _total(given.dest)) as step:
         found = look(given.dest, decodes=not given.fast, step=step)
@@ -190,6 +193,7 @@ def _draw(shards: Any, found: Statistics, picture: Path) -> None:
 
     counts = {name: split.counts.tolist() for name, split in found.splits.items()}
     images = sum(split.images for split in found.splits.values())
-    title = f"{shards.path.resolve().name} · {images:,} images of {len(found.classes):,} classes"
+    name = Path(shards.where).name or shards.path.resolve().name
+    title = f"{name} · {images:,} images of {len(found.classes):,} classes"
     sizes = (found.seen.widths, found.seen.heights)
     save_figure(data_figure(examples(shards), found.classes, counts, sizes, title), picture)

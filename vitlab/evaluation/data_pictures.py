@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -58,7 +58,8 @@ def data_figure(
     rows, columns = _extent(sheet[1])
     high = 0.8 * rows + 0.3
     figure = blank_figure(max(8.6, _width(columns)), high + 3.6)
-    above, below = figure.subfigures(2, 1, height_ratios=[high, 3.3], hspace=0.04)
+    parts: Any = figure.subfigures(2, 1, height_ratios=[high, 3.3], hspace=0.04)
+    above, below = parts
     total = np.sum([np.asarray(some) for some in counts.values()], axis=0).tolist()
     _draw_sheet(above.add_subplot(), *sheet, classes, total)
     left, right = below.subplots(1, 2, width_ratios=[1.9, 1])
@@ -156,11 +157,11 @@ def _draw_classes(axes: Axes, classes: Sequence[str], counts: Mapping[str, Seque
         size = 8 if len(names) <= 20 else 6
         axes.set_xticks(range(len(names)), names, fontsize=size)
         if max(map(len, names)) * len(names) > 60:  # letters that fit side by side
-            for name in axes.get_xticklabels():
-                name.set(rotation=45, ha="right", rotation_mode="anchor")
+            for text in axes.get_xticklabels():
+                text.set(rotation=45, ha="right", rotation_mode="anchor")
     axes.set_title("images of each class", fontsize=9)
     axes.tick_params(axis="y", labelsize=8)
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="y", integer=True)
     axes.legend(fontsize=7, frameon=False, ncols=len(splits), loc="upper right")
     axes.set_ylim(0, max(base.max(), 1) * 1.18)  # room for the legend
     _plain(axes)
