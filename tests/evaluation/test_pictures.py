@@ -102,7 +102,15 @@ def test_views(channels: int, tmp_path: Path) -> None:
         "local/0": torch.rand(4, channels, 12, 12) * 2 - 0.5,
     }
     figure = augmentation_figure(views, "two views of four images")
-    titles = [axes.get_title() for axes in figure.axes]
-    assert titles == ["global/0\n28 px", "", "", "", "local/0\n12 px", "", "", ""]
+    assert [axes.get_ylabel() for axes in figure.axes if axes.get_ylabel()] == [
+        "global/0\n28 px",
+        "local/0\n12 px",
+    ]
     height, width = saved(figure, tmp_path).shape[:2]
-    assert height > width
+    assert width > height
+    figure = augmentation_figure(
+        {f"local/{i}": torch.rand(2, channels, 8, 8) for i in range(3)}, "three of two"
+    )
+    titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
+    assert titles == [f"local/{i}\n8 px" for i in range(3)]
+    assert len(figure.axes) == 6

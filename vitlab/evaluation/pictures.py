@@ -93,16 +93,26 @@ def reconstruction_figure(original: Tensor, masked: Tensor | None, painted: Tens
 
 
 def augmentation_figure(views: dict[str, Tensor], title: str) -> Figure:
-    """A row for each image, a column for each view by its name: what a method gets. Values in 0..1."""
-    rows = min(len(images) for images in views.values())
-    figure = blank_figure(1.0 * len(views) + 0.4, 1.0 * rows + 0.7)
-    grid = figure.add_gridspec(rows, len(views), wspace=0.06, hspace=0.06)
-    for c, (name, images) in enumerate(views.items()):
-        for r in range(rows):
-            axes = figure.add_subplot(grid[r, c])
-            draw_image(axes, images[r])
-            if r == 0:
-                axes.set_title(f"{name}\n{images.shape[-1]} px", fontsize=8)
+    """Every image in all its views, what a method gets; values in 0..1.
+
+    Many views stand side by side, an image a row. Few lie below each other, an image a column: else the
+    picture of a single view would be a strip.
+    """
+    count = min(len(images) for images in views.values())
+    flat = len(views) < count
+    rows, columns = (len(views), count) if flat else (count, len(views))
+    side = min(1.6, max(1.0, 12 / columns))  # inches
+    figure = blank_figure(side * columns + 0.4, side * rows + 0.7)
+    grid = figure.add_gridspec(rows, columns, wspace=0.03, hspace=0.03)
+    for v, (name, images) in enumerate(views.items()):
+        said = f"{name}\n{images.shape[-1]} px"
+        for i in range(count):
+            axes = figure.add_subplot(grid[v, i] if flat else grid[i, v])
+            draw_image(axes, images[i])
+            if i == 0 and flat:
+                axes.set_ylabel(said, fontsize=8)
+            elif i == 0:
+                axes.set_title(said, fontsize=8)
     figure.suptitle(title, fontsize=10)
     return figure
 
@@ -113,7 +123,8 @@ def draw_image(axes: Axes, image: Tensor) -> None:
     axes.set_yticks([])
     axes.spines[:].set_color("#cccccc")
     pixels = image.detach().float().cpu().clamp(0, 1).permute(1, 2, 0).squeeze(-1)
-    axes.imshow(pixels.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    smooth_if_shrunk = "antialiased"  # small images keep their pixels, photos do not become grainy
+    axes.imshow(pixels.numpy(), cmap="gray", vmin=0, vmax=1, interpolation=smooth_if_shrunk)
 
 
 def _hatch(axes: Axes, hidden: Tensor) -> None:
