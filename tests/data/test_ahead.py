@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -100,19 +101,25 @@ def test_a_step_without_room_gets_its_shards(server: Server, tmp_path: Path) -> 
 def test_what_was_consumed_is_evicted_before_what_is_coming(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ahead, "TOUCH", 0.02)
     monkeypatch.setattr("vitlab.data.local_cache.TOUCH", 0.0)
     cache = made(server, tmp_path, 4)
     with Ahead(cache, EACH, depth=4) as front:
         until(lambda: here(cache) == [0, 1, 2, 3])
-        cache.tar(INFOS[0].file, SIZE, INFOS[0].sha256)  # the last one that was used, but done with
-        time.sleep(0.1)
-        front.reach(1)
-        until(lambda: here(cache) == [1, 2, 3, 4])
-        time.sleep(0.1)
-        front.reach(2)
-        until(lambda: here(cache) == [2, 3, 4, 5])
-    assert server.total == 6
+        for step in range(1, 9):
+            assert cache.touch(INFOS[step - 1].file, SIZE)  # the last use of all, and done with
+            front.reach(step)
+            until(lambda step=step: here(cache) == [step, step + 1, step + 2, step + 3])  # type: ignore[misc]
+    assert server.total == 12
+
+
+def test_what_is_coming_is_touched(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "TOUCH", 0.02)
+    cache = made(server, tmp_path)
+    with Ahead(cache, EACH, depth=1):
+        until(lambda: here(cache) == [0])
+        path = cache.path / INFOS[0].file
+        os.utime(path, (1, 1))
+        until(lambda: path.stat().st_mtime > 1)
 
 
 def test_a_failure_waits_for_its_step(server: Server, tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
 """Fetches shards before they are needed: what the coming steps read, as far as depth and room allow.
 
 The order in which shards are needed is known in advance (`vitlab.data.order`), so nothing is guessed. One
-thread walks through the steps, others fetch. What is needed from the consumer's step on is the window; it
-is touched every second, so that among the files of a cache those that have been consumed are the oldest
-and go first.
+thread walks through the steps, others fetch. What is needed from the consumer's step on is the window: it
+is touched every second and what leaves it is released, so among the files of a cache those that have been
+consumed go first, although they were used last.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ class _Window:
     def reach(self, step: int) -> None:
         with self.changed:
             self.step = step
-            self.needs = {name: need for name, need in self.needs.items() if need.last >= step}
+            for name in [name for name, need in self.needs.items() if need.last < step]:
+                del self.needs[name]
+                self.cache.release(name)
             self.changed.notify_all()
             if self.failed is not None and step >= self.failed[0]:
                 raise self.failed[1]

@@ -33,6 +33,7 @@ from vitlab.home import locked
 
 MARK = ".vitlab-cache"
 TOUCH = 1.0  # seconds: a use is noted no more often
+AGED = 60.0  # seconds that a tar counts as older when it is done with
 SHOW_AFTER, SHOW_EVERY = 2.0, 10.0  # seconds
 
 
@@ -102,6 +103,12 @@ class Cache:
     def touch(self, name: str, size: int) -> bool:
         """Notes that a tar is going to be used; False if it is not there."""
         return _use(self._place(name), size)
+
+    def release(self, name: str) -> None:
+        """Notes that a tar is done with here: it goes first, unless somebody else uses it from now on."""
+        then = time.time() - AGED
+        with suppress(OSError):
+            os.utime(self._place(name), (then, then))
 
     def forget(self, name: str) -> None:
         """Removes a local file, so that it is fetched again."""
