@@ -47,10 +47,10 @@ DOORS = {
     "ray.tune": {"vitlab/tune.py"},
     "deepspeed": {"vitlab/engine/zero.py"},
     "mlflow": {"vitlab/tracking.py"},
-    "webdataset": {"vitlab/data/tars.py"},
-    "datasets": {"vitlab/data/hugging_face.py"},
+    "webdataset": {"vitlab/data/tars.py", "vitlab/bench/data.py"},
+    "datasets": {"vitlab/data/hugging_face.py", "vitlab/bench/data.py"},
     "fsspec": {"vitlab/data/remote.py"},
-    "simplejpeg": {"vitlab/data/decode.py"},
+    "simplejpeg": {"vitlab/data/decode.py", "vitlab/bench/data.py"},
     "timm": {"vitlab/models/borrowed.py"},
     "onnxruntime": {"vitlab/models/export.py"},
 }

@@ -6,9 +6,12 @@ import argparse
 import os
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vitlab.commands.figures import writable
+
+if TYPE_CHECKING:
+    from vitlab.bench import DataOptions
 
 
 def add(commands: Any) -> None:
@@ -55,6 +58,18 @@ def add(commands: Any) -> None:
     memory.add_argument(
         "--persist", type=int, nargs="+", help="largest parameters that are never sharded (0 10000 100000)"
     )
+
+    data = kinds.add_parser(
+        "data",
+        parents=[common],
+        help="image files to batches: images/s of one core, of loader processes, memory, the first batch",
+        epilog="example: vitlab bench data --images 256 --loaders 0 2 4 --json data.json",
+    )
+    data.add_argument("--images", type=int, help="photographs to make and read (512)")
+    data.add_argument("--batch", type=int, help="images of a batch (64)")
+    data.add_argument("--image-size", type=int, help="pixels a side of a crop (224)")
+    data.add_argument("--rounds", type=int, help="measured rounds; medians are shown (5; half with loaders)")
+    data.add_argument("--loaders", type=int, nargs="+", help="numbers of loader processes (0 1 2)")
     bench.set_defaults(action=act)
 
 
@@ -62,7 +77,15 @@ def act(given: argparse.Namespace) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
     import torch
 
-    from vitlab.bench import MemoryOptions, StepOptions, bench_memory, bench_step, print_rows, write_json
+    from vitlab.bench import (
+        DataOptions,
+        MemoryOptions,
+        StepOptions,
+        bench_memory,
+        bench_step,
+        print_rows,
+        write_json,
+    )
     from vitlab.dist import device
     from vitlab.face import Face
 
@@ -77,6 +100,9 @@ def act(given: argparse.Namespace) -> None:
         fit = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if v is not None}
         return kind(**fit)
 
+    if given.what == "data":
+        _data(options(DataOptions), given.json)
+        return
     if given.what == "memory":
         how = options(MemoryOptions)
         rows = bench_memory(how, say)
@@ -89,3 +115,17 @@ def act(given: argparse.Namespace) -> None:
     if given.json is not None:
         place = torch.device("cpu") if given.what == "memory" else device(0)
         write_json(given.json, given.what, rows, place, how.threads)
+
+
+def _data(how: DataOptions, file: Path | None) -> None:
+    import torch
+    from rich.console import Console
+
+    from vitlab.bench import bench_data, print_data, write_json
+    from vitlab.face import Face
+
+    with Face(Console(stderr=True, highlight=False, soft_wrap=True)).stage("bench data") as line:
+        rows = bench_data(how, line.say)
+    print_data(rows, how)
+    if file is not None:
+        write_json(file, "data", rows, torch.device("cpu"), 1)
