@@ -20,17 +20,26 @@ these.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vitlab.batch import View, uniform
 from vitlab.data import colours, rand_augment
+from vitlab.data.decode import Box, Region
 from vitlab.data.recipes import AugmentConfig, ViewRecipe
 
-Transform = Callable[[Sequence[Tensor], Tensor], Tensor]  # images (each C H W) and seeds (B) → B C H W
+OPERATIONS: dict[str, Any] = {
+    "bilinear": torch.ops.aten._upsample_bilinear2d_aa.default,
+    "bicubic": torch.ops.aten._upsample_bicubic2d_aa.default,
+}
 NUMBERS = 9  # random numbers a sample and view has: 4 for the crop, 2 shift, 1 each flip, rotate, scale
 ERASING = 5  # and for erasing: whether, area, shape, 2 for the place
 FULL_SIDE = 224  # of the images that a blur's spread is given for
@@ -39,78 +48,144 @@ SHAPE = (0.3, 1 / 0.3)  # its height over its width
 NOISE = (114.5, 57.6)  # mean and spread of its values: ImageNet's 0.449 and 0.226 of 255
 
 
+@dataclass(frozen=True)
+class Transform:
+    """What makes one view. Called with images (each C H W) and their seeds (B), it gives B C H W.
+
+    What it does in steps, for those who have not decoded the images yet: `numbers` of a batch, `box` of an
+    image from its size, `show` the box, and `paint` the batch.
+    """
+
+    recipe: ViewRecipe
+    size: int  # of the view, in pixels along a side
+    name: str = ""  # whose random numbers it draws
+    scale: float = 1.0  # a pixel of images of 224, in pixels of the views
+
+    def __call__(self, images: Sequence[Tensor], seeds: Tensor) -> Tensor:
+        views = self.black(len(images), images[0].shape[0])
+        for image, u, view in zip(images, self.numbers(seeds), views, strict=True):
+            height, width = image.shape[-2:]
+            self.show(Region(image), self.box(height, width, u), u, view)
+        self.paint(views, seeds)
+        return views
+
+    def black(self, count: int, channels: int) -> Tensor:
+        """So many views with nothing in them, to be filled."""
+        return torch.zeros((count, channels, self.size, self.size), dtype=torch.uint8)
+
+    def numbers(self, seeds: Tensor) -> list[list[float]]:
+        """Each sample's own, for all that is done to the shape of its image."""
+        drawn: list[list[float]] = uniform(seeds, self.name, NUMBERS).tolist()
+        return drawn
+
+    def box(self, height: int, width: int, u: Sequence[float]) -> Box:
+        """What the view shows of an image of this size, and the size that this becomes."""
+        if self.recipe.crop_scale is None:
+            return whole(height, width, self.size)
+        return _crop(height, width, u, self.recipe, self.size)
+
+    def show(self, region: Region, box: Box, u: Sequence[float], view: Tensor) -> None:
+        """Fills the view (C H W) with the box: scaled, shifted, flipped and turned."""
+        recipe = self.recipe
+        image = _centre(resampled(region, box, recipe.interpolation), self.size)
+        if recipe.pad:
+            image = _shift(image, u[4], u[5], recipe.pad)
+        pixels = image.numpy()
+        if recipe.flip and u[6] < 0.5:
+            pixels = pixels[..., ::-1]
+        if recipe.rotate or recipe.zoom:
+            angle, zoom = recipe.rotate * (2 * u[7] - 1), (1 + recipe.zoom) ** (2 * u[8] - 1)
+            pixels = _turn(torch.from_numpy(pixels.copy()), angle, zoom).numpy()
+        np.copyto(view.numpy(), pixels)  # flips in the same pass, which torch's copy cannot
+
+    def paint(self, views: Tensor, seeds: Tensor) -> None:
+        """B C H W, in place: RandAugment, colours, blur, solarisation, erasing."""
+        _paint(views, seeds, self.recipe, self.name, self.scale)
+        if self.recipe.erase:
+            _erase(views, seeds, self.recipe.erase, self.name)
+
+
 def train_transform(config: AugmentConfig, view: View, largest: int = 0) -> Transform:
-    """Images of any size and their seeds → the augmented view of each.
+    """Images of any size → the augmented view of each.
 
     `largest`: the side of the method's largest view, which this one shows parts of.
     """
-    recipe, name = config.for_view(view), f"augment/{view.draws or view.name}"
-    scale = max(largest, view.size) / FULL_SIDE
-
-    def transform(images: Sequence[Tensor], seeds: Tensor) -> Tensor:
-        numbers = uniform(seeds, name, NUMBERS).tolist()
-        placed = [_place(image, u, recipe, view.size) for image, u in zip(images, numbers, strict=True)]
-        views = torch.stack(_paint(placed, seeds, recipe, name, scale))
-        if recipe.erase:
-            _erase(views, seeds, recipe.erase, name)
-        return views
-
-    return transform
+    name, scale = f"augment/{view.draws or view.name}", max(largest, view.size) / FULL_SIDE
+    return Transform(config.for_view(view), view.size, name, scale)
 
 
 def eval_transform(size: int) -> Transform:
     """Shorter side to `size`, then the centre; an image of that size passes unchanged."""
-
-    def transform(images: Sequence[Tensor], seeds: Tensor) -> Tensor:
-        return torch.stack([fit(image, size) for image in images])
-
-    return transform
-
-
-def fit(image: Tensor, size: int, interpolation: str = "bilinear") -> Tensor:
-    """C H W → C size size, without any chance in it."""
-    from torchvision.transforms.v2 import InterpolationMode
-    from torchvision.transforms.v2 import functional as F
-
-    if image.shape[-2:] == (size, size):
-        return image
-    how = InterpolationMode(interpolation)
-    fitted: Tensor = F.center_crop(F.resize(image, [size], interpolation=how, antialias=True), [size, size])
-    return fitted
+    return Transform(ViewRecipe(), size)
 
 
 # ---------------------------------------------------------------- where: crop, shift, flip, turn
 
 
-def _place(image: Tensor, u: Sequence[float], recipe: ViewRecipe, size: int) -> Tensor:
-    if recipe.crop_scale is None:
-        image = fit(image, size, recipe.interpolation)
-    else:
-        image = _crop(image, u[:4], recipe, recipe.crop_scale, size)
-    if recipe.pad:
-        image = _shift(image, u[4], u[5], recipe.pad)
-    if recipe.flip and u[6] < 0.5:
-        image = image.flip(-1)
-    if recipe.rotate or recipe.zoom:
-        image = _turn(image, recipe.rotate * (2 * u[7] - 1), (1 + recipe.zoom) ** (2 * u[8] - 1))
-    return image
+def whole(height: int, width: int, size: int) -> Box:
+    """All of an image, its shorter side scaled to `size`."""
+    longer = int(size * max(height, width) / min(height, width))
+    rows, columns = (longer, size) if height > width else (size, longer)
+    return Box(0, 0, height, width, rows, columns)
 
 
-def _crop(image: Tensor, u: Sequence[float], recipe: ViewRecipe, scale: Sequence[float], size: int) -> Tensor:
+def _crop(height: int, width: int, u: Sequence[float], recipe: ViewRecipe, size: int) -> Box:
     """A random part of the image, its area and shape at random, scaled to the view's size."""
-    from torchvision.transforms.v2 import InterpolationMode
-    from torchvision.transforms.v2 import functional as F
-
-    height, width = image.shape[-2:]
-    area = height * width * (scale[0] + (scale[1] - scale[0]) * u[0])
+    assert recipe.crop_scale is not None
+    smallest, largest = recipe.crop_scale
+    area = height * width * (smallest + (largest - smallest) * u[0])
     low, high = map(math.log, recipe.crop_ratio)
     ratio = math.exp(low + (high - low) * u[1])
     h = min(height, max(1, round(math.sqrt(area / ratio))))
     w = min(width, max(1, round(math.sqrt(area * ratio))))
-    top, left = int(u[2] * (height - h + 1)), int(u[3] * (width - w + 1))
-    how = InterpolationMode(recipe.interpolation)
-    part: Tensor = F.resized_crop(image, top, left, h, w, [size, size], interpolation=how, antialias=True)
-    return part
+    return Box(int(u[2] * (height - h + 1)), int(u[3] * (width - w + 1)), h, w, size, size)
+
+
+def resampled(region: Region, box: Box, interpolation: str) -> Tensor:
+    """The box of a region, C rows columns, antialiased."""
+    if region.scale > 1:
+        return _from_scaled(region, box, interpolation)
+    top, left = box.top - region.top, box.left - region.left
+    part = region.pixels[:, top : top + box.height, left : left + box.width]
+    if (box.height, box.width) == (box.rows, box.columns):
+        return part
+    if not _native():
+        return _by_torchvision(part, box, interpolation)
+    batch = part.permute(1, 2, 0).contiguous()[None].permute(0, 3, 1, 2)  # so torch takes 2/3 of the time
+    out: Tensor = OPERATIONS[interpolation](batch, [box.rows, box.columns], False)[0]
+    return out
+
+
+def _by_torchvision(part: Tensor, box: Box, interpolation: str) -> Tensor:
+    from torchvision.transforms.v2 import InterpolationMode
+    from torchvision.transforms.v2 import functional as F
+
+    how = InterpolationMode(interpolation)
+    out: Tensor = F.resize(part, [box.rows, box.columns], interpolation=how, antialias=True)
+    return out
+
+
+def _from_scaled(region: Region, box: Box, interpolation: str) -> Tensor:
+    """The box begins and ends inside of pixels: Pillow can do that, torch's operations cannot."""
+    top, left = (box.top - region.top) / region.scale, (box.left - region.left) / region.scale
+    bottom, right = top + box.height / region.scale, left + box.width / region.scale
+    y, x = math.floor(top), math.floor(left)
+    part = region.pixels[:, y : math.ceil(bottom), x : math.ceil(right)].permute(1, 2, 0).numpy()
+    image = Image.fromarray(np.ascontiguousarray(part.squeeze(-1) if part.shape[-1] == 1 else part))
+    how = Image.Resampling[interpolation.upper()]
+    scaled = image.resize((box.columns, box.rows), how, (left - x, top - y, right - x, bottom - y))
+    return torch.from_numpy(np.array(scaled).reshape(box.rows, box.columns, -1)).permute(2, 0, 1)
+
+
+@functools.cache
+def _native() -> bool:
+    """Whether torchvision would leave bytes to torch's own operations, as it does on these processors."""
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+
+
+def _centre(image: Tensor, size: int) -> Tensor:
+    top, left = (round((side - size) / 2) for side in image.shape[-2:])
+    return image[:, top : top + size, left : left + size]
 
 
 def _shift(image: Tensor, u: float, v: float, pad: int) -> Tensor:
@@ -135,20 +210,19 @@ def _turn(image: Tensor, degrees: float, scale: float) -> Tensor:
 # ---------------------------------------------------------------- what: RandAugment, colours, erasing
 
 
-def _paint(images: list[Tensor], seeds: Tensor, recipe: ViewRecipe, name: str, scale: float) -> list[Tensor]:
-    """Each image C H W through Pillow and back, if anything is to be done there."""
+def _paint(views: Tensor, seeds: Tensor, recipe: ViewRecipe, name: str, scale: float) -> None:
+    """B C H W, in place: each image through Pillow and back, if anything is to be done there."""
     rand, paints = recipe.rand_augment, colours.changes_colours(recipe)
     if rand is None and not paints:
-        return images
+        return
     bicubic = recipe.interpolation == "bicubic"
     draws = uniform(seeds, f"{name}/rand", rand_augment.NUMBERS * (rand.ops if rand else 0)).tolist()
     numbers = uniform(seeds, f"{name}/colour", colours.NUMBERS).tolist()
-    painted = []
-    for image, drawn, u in zip(map(colours.to_pillow, images), draws, numbers, strict=True):
+    for view, drawn, u in zip(views, draws, numbers, strict=True):
+        image = colours.to_pillow(view)
         if rand is not None:
             image = rand_augment.rand_augment(image, drawn, rand, bicubic)
-        painted.append(colours.to_tensor(colours.paint(image, u, recipe, scale) if paints else image))
-    return painted
+        view.copy_(colours.to_tensor(colours.paint(image, u, recipe, scale) if paints else image))
 
 
 def _erase(views: Tensor, seeds: Tensor, prob: float, name: str) -> None:
