@@ -90,10 +90,23 @@ def test_a_flipped_byte_of_an_image(copy: Shards) -> None:
 
 
 def test_a_flipped_byte_between_the_images(copy: Shards) -> None:
+    columns = copy.columns(copy.split("train")[0])
     data = bytearray(tar(copy).read_bytes())
-    data[-1] ^= 1
+    data[columns.offsets[3] + columns.sizes[3]] ^= 1  # it fills the block up
     tar(copy).write_bytes(data)
     assert told(verify(copy.path)) == [("changed_tar", tar(copy).name, "")]
+
+
+def test_a_flipped_byte_of_a_header(copy: Shards) -> None:
+    """The sample is lost to other readers, though the columns know where it is."""
+    columns = copy.columns(copy.split("train")[0])
+    data = bytearray(tar(copy).read_bytes())
+    data[columns.offsets[3] - 512] ^= 1
+    tar(copy).write_bytes(data)
+    found = told(verify(copy.path))
+    assert found[0] == ("changed_tar", tar(copy).name, "")
+    assert "broken_header" in {kind for kind, _, _ in found}
+    assert len(found) <= 3
 
 
 def test_a_cut_tar(copy: Shards) -> None:

@@ -9,9 +9,11 @@ Letters: C channels, H W image.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -21,8 +23,9 @@ from torch import Tensor
 
 from vitlab.config import UserError
 from vitlab.data.augment import eval_transform
+from vitlab.data.bad import BadInputError
+from vitlab.data.decode import decode
 from vitlab.data.index import ShardInfo, Shards
-from vitlab.data.read import decode
 from vitlab.data.tars import read_member
 
 LOOKED = 5000  # images that are decoded, unless all are
@@ -150,18 +153,26 @@ def _of_one(
     shards: Shards, info: ShardInfo, rows: list[int], pool: ThreadPoolExecutor
 ) -> Iterator[Tensor | None]:
     columns = shards.columns(info)
-    with shards.file(info).open("rb") as file:
+    with _opened(shards, info) as fd:
         for i in range(0, len(rows), 64):  # decoded images that may wait
-            yield from pool.map(
-                lambda row: _decode(read_member(file.fileno(), columns.offsets[row], columns.sizes[row])),
-                rows[i : i + 64],
-            )
+            part = rows[i : i + 64]
+            yield from pool.map(lambda row: _decode(fd, columns.offsets[row], columns.sizes[row]), part)
 
 
-def _decode(data: bytes) -> Tensor | None:
+@contextmanager
+def _opened(shards: Shards, info: ShardInfo) -> Iterator[int]:
+    fd = shards.open(info)
     try:
-        return decode(data, 3)
-    except Exception:  # decoders raise anything on broken data; it is counted, and `verify` names it
+        yield fd
+    finally:
+        if fd >= 0:
+            os.close(fd)
+
+
+def _decode(fd: int, offset: int, size: int) -> Tensor | None:
+    try:
+        return decode(read_member(fd, offset, size), 3) if fd >= 0 else None
+    except BadInputError:  # it is counted, and `verify` names it
         return None
 
 
@@ -182,8 +193,8 @@ def examples(
     for label in _spread_over(sorted(found), classes):
         order = np.random.default_rng(label + 1).permutation(len(found[label]))
         for info, offset, size in (found[label][i] for i in order[:each]):
-            with shards.file(info).open("rb") as file:
-                image = _decode(read_member(file.fileno(), offset, size))
+            with _opened(shards, info) as fd:
+                image = _decode(fd, offset, size)
             if image is not None:
                 images.append(small([image], NO_SEED)[0] if min(image.shape[1:]) > side else image)
                 labels.append(label)

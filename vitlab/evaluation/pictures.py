@@ -102,7 +102,7 @@ def augmentation_figure(views: dict[str, Tensor], title: str) -> Figure:
     flat = len(views) < count
     rows, columns = (len(views), count) if flat else (count, len(views))
     side = min(1.6, max(1.0, 12 / columns))  # inches
-    figure = blank_figure(side * columns + 0.4, side * rows + 0.7)
+    figure = blank_figure(side * columns + 0.5, side * rows + (0.4 if flat else 0.7))
     grid = figure.add_gridspec(rows, columns, wspace=0.03, hspace=0.03)
     for v, (name, images) in enumerate(views.items()):
         said = f"{name}\n{images.shape[-1]} px"
