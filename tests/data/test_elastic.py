@@ -1,0 +1,135 @@
+"""Whoever reads, with any loaders, stopped and begun anew anywhere: the batches are the same, bit for bit."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from samples import config, shards
+
+from vitlab.batch import Batch, View
+from vitlab.data import AugmentConfig, ReadPlan, Shards, ShardsConfig, order_of, train_batches
+
+EPOCHS = 3
+AUGMENT = AugmentConfig(crop_scale=[0.5, 1.0], flip=True)
+
+
+class Slot(NamedTuple):
+    """A sample in its place of a global batch: which, as what, and what the model is shown."""
+
+    key: str
+    label: int
+    weight: float
+    seed: int
+    pixels: int  # their checksum
+
+
+class Stint(NamedTuple):
+    """A part of a run: up to a step, by so many workers with so many loader processes each."""
+
+    stop: int
+    workers: int
+    loaders: int
+
+
+def plan_of(stint: Stint, rank: int) -> ReadPlan:
+    views = [View("image", 8)]
+    return ReadPlan(views, 16, EPOCHS, 3, rank, stint.workers, loaders=stint.loaders, augment=AUGMENT)
+
+
+def steps_of(made: Shards, settings: ShardsConfig) -> int:
+    return EPOCHS * order_of(made, settings, plan_of(Stint(0, 1, 0), 0)).steps
+
+
+def read(made: Shards, settings: ShardsConfig, stints: Iterable[Stint]) -> list[list[Slot]]:
+    """The global batches of a run, each put together in the order of its slots."""
+    run: list[list[Slot]] = []
+    for stint in stints:
+        start = len(run)
+        table: list[list[Any]] = [[None] * 16 for _ in range(start, stint.stop)]
+        for rank in range(stint.workers):
+            plan = plan_of(stint, rank)
+            share = order_of(made, settings, plan).share(rank, stint.workers)
+            batches = train_batches(made, settings, plan, start_step=start)
+            for row, batch in zip(table, batches, strict=False):
+                for place, slot in zip(share, slots(batch), strict=True):
+                    assert row[place] is None
+                    row[place] = slot
+            if stint.stop == steps_of(made, settings):
+                assert list(batches) == [], "reading goes on after the last epoch"
+        assert all(slot is not None for row in table for slot in row), "a worker had no work"
+        run += table
+    return run
+
+
+def slots(batch: Batch) -> Iterator[Slot]:
+    pixels = [zlib.crc32(image.numpy().tobytes()) for image in batch.views[0]]
+    columns = (batch.keys, batch.labels.tolist(), batch.weight.tolist(), batch.seeds.tolist(), pixels)
+    return itertools.starmap(Slot, zip(*columns, strict=True))
+
+
+def check_elastic(made: Shards, settings: ShardsConfig, loaders: Iterable[int] = (0, 1, 3)) -> None:
+    """Epochs read by 1, 2 and 4 workers with some loaders each are the same, bit for bit."""
+    last = steps_of(made, settings)
+    whole = read(made, settings, [Stint(last, 1, 0)])
+    assert len(whole) == last
+    for workers, each in itertools.product((1, 2, 4), loaders):
+        assert read(made, settings, [Stint(last, workers, each)]) == whole, (
+            f"{workers} workers, {each} loaders"
+        )
+
+
+def check_schedules(made: Shards, settings: ShardsConfig, schedules: int, seed: int = 0) -> None:
+    """Runs stopped at random steps and continued by others are the undisturbed one."""
+    last = steps_of(made, settings)
+    whole = read(made, settings, [Stint(last, 1, 0)])
+    rng = random.Random(seed)
+    for number in range(schedules):
+        stops = [*sorted(rng.sample(range(1, last), rng.randint(1, 4))), last]
+        stints = [Stint(stop, rng.choice((1, 2, 4)), int(rng.random() < 0.1)) for stop in stops]
+        assert read(made, settings, stints) == whole, f"schedule {number}: {stints}"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    return shards(tmp_path_factory.mktemp("data") / "a", n=94, size=9)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more of them than cores
+def test_any_workers_and_loaders(made: Shards) -> None:
+    settings = config(made.path)
+    assert steps_of(made, settings) == 12
+    assert made.count("train") % 16, "an epoch leaves some out"
+    check_elastic(made, settings)
+
+
+def test_stopped_on_two_workers_gone_on_with_on_four_finished_on_one(made: Shards) -> None:
+    settings = config(made.path)
+    last = steps_of(made, settings)
+    first, second = sorted(random.Random(7).sample(range(1, last), 2))
+    whole = read(made, settings, [Stint(last, 1, 0)])
+    stints = [Stint(first, 2, 1), Stint(second, 4, 0), Stint(last, 1, 1)]
+    assert read(made, settings, stints) == whole
+
+
+def test_twenty_random_schedules(made: Shards) -> None:
+    check_schedules(made, config(made.path), 20)
+
+
+def test_what_is_compared_differs_where_it_should(made: Shards) -> None:
+    """Keys come once an epoch; another epoch shows the same samples in another order and other crops."""
+    settings = config(made.path)
+    whole = read(made, settings, [Stint(12, 1, 0)])
+    epochs = np.array([[slot.key for slot in row] for row in whole]).reshape(EPOCHS, -1)
+    assert all(len(set(epoch)) == 64 for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == EPOCHS
+    assert len({slot.seed for row in whole for slot in row}) == 12 * 16
+    shown: dict[str, set[int]] = {}
+    for slot in itertools.chain(*whole):
+        shown.setdefault(slot.key, set()).add(slot.pixels)
+    assert np.mean([len(crops) for crops in shown.values()]) > 2
