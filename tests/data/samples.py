@@ -66,6 +66,16 @@ def all_same(a: list[Batch], b: list[Batch]) -> bool:
     return len(a) == len(b) and all(map(same, a, b))
 
 
+def stored(made: Shards, split: str) -> list[tuple[str, bytes, int]]:
+    """Key, bytes and label of every sample, as they lie on disk."""
+    found = []
+    for info in made.splits[split]:
+        columns, data = made.columns(info), (made.path / info.file).read_bytes()
+        places = zip(columns.keys, columns.offsets, columns.sizes, columns.labels, strict=True)
+        found += [(key, data[offset : offset + size], label) for key, offset, size, label in places]
+    return found
+
+
 def raw_tar(path: Path, members: Iterable[tuple[str, bytes]], fmt: int = tarfile.GNU_FORMAT) -> Path:
     with tarfile.open(path, "w", format=fmt) as tar:
         for name, data in members:

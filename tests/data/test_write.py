@@ -1,116 +1,44 @@
-"""Sources and settings: what comes in is what lies on disk, and every refusal is one clear line."""
+"""Writing shards: the same bytes however often it was interrupted, by however many threads; settings."""
 
 from __future__ import annotations
 
-import gzip
 import io
 import itertools
+import json
 import os
-from collections.abc import Iterator
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 from PIL import Image
-from samples import config, images, one_line, shards, source
+from samples import config, images, one_line, shards, source, stored
 
 from vitlab.config import UserError, build, deciding
 from vitlab.data import (
     Raw,
-    Sample,
     Shards,
     ShardsConfig,
     Source,
     WriteOptions,
+    arrays,
     check_classes,
     digits,
-    folder,
-    hugging_face,
+    journal,
     normalisation,
     open_shards,
-    open_source,
     prepare,
     progress,
     write_shards,
 )
 from vitlab.data import write as write_module
 from vitlab.data.bad import BadInputError
-from vitlab.data.packing import packed
-from vitlab.data.read import Reader
 from vitlab.data.sources import png
-
-FEATURES = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
-
-
-def jpeg(image: np.ndarray) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(image).save(out, "JPEG")
-    return out.getvalue()
-
-
-def table(n: int = 20) -> datasets.Dataset:
-    rows = {
-        "image": [{"bytes": jpeg(x), "path": None} for x in images(n)],
-        "label": [i % 2 for i in range(n)],
-    }
-    return datasets.Dataset.from_dict(rows, features=FEATURES)
-
-
-def rows_of(src: Source, start: int = 0) -> list[Sample]:
-    """The samples as they are copied, by the writer's own way."""
-    how = WriteOptions()
-    return [Sample(raw.key, *packed(raw.read(), how), raw.label) for raw in src.samples(start)]
-
-
-def write_idx(path: Path, array: np.ndarray, packed: bool) -> None:
-    data = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
-    path.write_bytes(gzip.compress(data) if packed else data)
-
-
-def test_the_files_of_mnist(tmp_path: Path) -> None:
-    wanted = []
-    for name, count, zipped in (("train", 5, True), ("t10k", 3, False)):
-        pixels = np.random.default_rng(count).integers(0, 256, (count, 4, 6), np.uint8)
-        labels = np.arange(count, dtype=np.uint8) % 3
-        end = ".gz" if zipped else ""
-        write_idx(tmp_path / f"{name}-images-idx3-ubyte{end}", pixels, zipped)
-        write_idx(tmp_path / f"{name}-labels-idx1-ubyte{end}", labels, zipped)
-        wanted += list(zip(pixels, labels.tolist(), strict=True))
-        if zipped:  # beside its unpacked self it is no second file, and half a download is none
-            write_idx(tmp_path / f"{name}-images-idx3-ubyte", pixels, packed=False)
-            write_idx(tmp_path / f"{name}-labels-idx1-ubyte", labels, packed=False)
-            (tmp_path / f"{name}-images-idx3-ubyte.gz.part").write_bytes(b"")
-    found = open_source(f"idx:{tmp_path}")
-    assert (found.total, list(found.classes)) == (8, ["0", "1", "2"])
-    for sample, (pixels, label) in zip(rows_of(found), wanted, strict=True):
-        assert np.array_equal(np.asarray(Image.open(io.BytesIO(sample.data))), pixels)
-        assert sample.label == label
-    few = prepare(
-        ShardsConfig(source=f"idx:{tmp_path}", limit=6, held_out=0.0, val=0.0, image_size=4),
-        tmp_path / "shards",
-    )
-    assert few.count("train") == 6
-
-
-def test_broken_files_of_mnist(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no NAME-images-idx3-ubyte"):
-        open_source(f"idx:{tmp_path}")
-    file, labels = tmp_path / "a-images-idx3-ubyte.gz", tmp_path / "a-labels-idx1-ubyte.gz"
-    write_idx(file, np.zeros((2, 3, 3), np.uint8), True)
-    with pytest.raises(UserError, match=r"put a-labels-idx1-ubyte.gz beside it"):
-        open_source(f"idx:{tmp_path}")
-    write_idx(labels, np.zeros(3, np.uint8), True)
-    with pytest.raises(UserError, match=r"\(2, 3, 3\) images, \(3,\) labels"):
-        open_source(f"idx:{tmp_path}")
-    whole = gzip.decompress(file.read_bytes())
-    for data in (whole[:-1], whole[:6], b"", b"GIF89a" + whole):
-        file.write_bytes(gzip.compress(data))
-        with pytest.raises(UserError, match="are not idx bytes"):
-            open_source(f"idx:{tmp_path}")
-    file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(UserError, match="cannot be unpacked"):
-        open_source(f"idx:{tmp_path}")
 
 
 def test_digits(tmp_path: Path) -> None:
@@ -118,130 +46,16 @@ def test_digits(tmp_path: Path) -> None:
 
     made = write_shards(digits(), tmp_path / "d", WriteOptions(shard_samples=200))
     counts = {name: made.count(name) for name in made.splits}
-    assert sum(counts.values()) == 1797
+    assert counts == {"train": 1261, "val": 183, "held_out": 353}
     assert len(made.split("train")) >= 5
     assert made.classes == [str(i) for i in range(10)]
-    reader, (pixels, labels) = Reader(made, "val"), load_digits(return_X_y=True)
-    for i in range(counts["val"]):
-        image, label, key = reader.read(i, 1)
+    pixels, labels = load_digits(return_X_y=True)
+    for key, data, label in stored(made, "val"):
         number = int(key.removeprefix("digits-"))
         assert label == labels[number]
-        assert np.array_equal(image.reshape(-1).numpy(), np.round(pixels[number] * 255 / 16))
+        image = np.asarray(Image.open(io.BytesIO(data)))
+        assert np.array_equal(image.reshape(-1), np.round(pixels[number] * 255 / 16))
     assert open_shards(tmp_path / "d") == made
-
-
-def test_folder(tmp_path: Path) -> None:
-    for i, picture in enumerate(images(30)):
-        place = tmp_path / "in" / ("dog" if i % 2 else "cat")
-        place.mkdir(parents=True, exist_ok=True)
-        (place / f"pic.{i}.jpeg").write_bytes(jpeg(picture))
-    (tmp_path / "in" / "cat" / "notes.txt").write_text("no image")
-    found = open_source(str(tmp_path / "in"))
-    samples = rows_of(found)
-    assert list(found.classes) == ["cat", "dog"]
-    assert found.total == len(samples) == 30
-    assert sorted(s.data for s in samples) == sorted(map(jpeg, images(30)))
-    assert all(s.extension == "jpg" and "." not in s.key and found.classes[s.label] in s.key for s in samples)
-    assert len({s.key for s in samples}) == 30
-    assert sum(a.label != b.label for a, b in itertools.pairwise(samples)) > 5
-    assert rows_of(folder(tmp_path / "in")) == samples
-    made = prepare(ShardsConfig(source=f"folder:{tmp_path / 'in'}", image_size=8), tmp_path / "out")
-    assert made.classes == ["cat", "dog"]
-
-
-def test_folders_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such directory"):
-        open_source(f"folder:{tmp_path / 'none'}")
-    with pytest.raises(UserError, match="no images in it"):
-        folder(tmp_path)
-    (tmp_path / "a.png").write_bytes(png(images(1)[0]))
-    with pytest.raises(UserError, match="lie flat in it; move them into one sub-folder for every class"):
-        folder(tmp_path)
-    (tmp_path / "cat").mkdir()
-    (tmp_path / "dog").mkdir()
-    (tmp_path / "cat" / "a.png").write_bytes(b"not an image")
-    with pytest.raises(UserError, match="no images in the class folder dog"):
-        folder(tmp_path)
-    (tmp_path / "dog").rmdir()
-    with pytest.raises(BadInputError, match="begins with b'not an i'; allowed: PNG, JPEG") as caught:
-        rows_of(folder(tmp_path))
-    assert caught.value.kind == "unknown_format"
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_hugging_face_bytes_are_copied(tmp_path: Path, streaming: bool) -> None:
-    data = table().to_iterable_dataset() if streaming else table()
-    found = hugging_face(data)
-    samples = rows_of(found)
-    assert found.total == (None if streaming else 20)
-    given = {jpeg(x): i % 2 for i, x in enumerate(images(20))}
-    assert {s.data: s.label for s in samples} == given
-    assert {s.extension for s in samples} == {"jpg"}
-    made = write_shards(hugging_face(data), tmp_path / "h", WriteOptions(shard_samples=4))
-    assert made.classes == ["cat", "dog"]
-
-
-def test_hugging_face_pixels_files_and_names(tmp_path: Path) -> None:
-    pictures = images(4, channels=3)
-    file = tmp_path / "x.png"
-    file.write_bytes(png(pictures[0]))
-    rows = {"img": [str(file), *[Image.fromarray(x) for x in pictures[1:]]], "kind": ["b", "a", "b", "c"]}
-    features = datasets.Features({"img": datasets.Image(), "kind": datasets.Value("string")})
-    found = hugging_face(datasets.Dataset.from_dict(rows, features=features))
-    samples = rows_of(found)
-    assert list(found.classes) == ["a", "b", "c"]
-    decoded = {np.array(Image.open(io.BytesIO(s.data))).tobytes(): s.label for s in samples}
-    assert decoded == {x.tobytes(): label for x, label in zip(pictures, [1, 0, 1, 2], strict=True)}
-
-
-def test_hugging_face_stream_of_pixels_with_numbers(tmp_path: Path) -> None:
-    pictures = images(3)
-
-    def rows() -> Iterator[dict[str, object]]:
-        yield from ({"image": Image.fromarray(x), "label": i * 2} for i, x in enumerate(pictures))
-
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
-    found = hugging_face(datasets.IterableDataset.from_generator(rows, features=features))
-    decoded = [np.array(Image.open(io.BytesIO(s.data))) for s in rows_of(found)]
-    assert all(map(np.array_equal, decoded, pictures))
-    assert write_shards(found, tmp_path / "s", WriteOptions(held_out=0.0, val=0.0)).classes == list("01234")
-
-
-def test_hugging_face_directory(tmp_path: Path) -> None:
-    datasets.DatasetDict({"train": table(), "test": table(6)}).save_to_disk(tmp_path / "saved")
-    assert open_source(f"hf:{tmp_path / 'saved'}:test").total == 6
-    assert open_source(f"hf:{tmp_path / 'saved'}").total == 20
-    with pytest.raises(UserError, match=r"no split 'tests'; there are: train, test; did you mean 'test'"):
-        open_source(f"hf:{tmp_path / 'saved'}:tests")
-    with pytest.raises(UserError, match="cannot be loaded") as caught:
-        open_source(f"hf:{tmp_path / 'nothing'}")
-    one_line(caught.value)
-
-
-def test_hugging_face_refused() -> None:
-    with pytest.raises(UserError, match="given list; allowed"):
-        hugging_face([1])
-    with pytest.raises(UserError, match="which column is the image"):
-        hugging_face(datasets.Dataset.from_dict({"label": [1]}))
-    with pytest.raises(UserError, match=r"data\.label_column: given 'labl'.*did you mean 'label'"):
-        hugging_face(table(), label="labl")
-    two = table().add_column("other", [0] * 20).cast_column("other", datasets.ClassLabel(names=["x"]))
-    assert list(hugging_face(two).classes) == ["cat", "dog"]
-    assert list(hugging_face(two, label="other").classes) == ["x"]
-    with pytest.raises(UserError, match="which column is the label"):
-        hugging_face(two.rename_column("label", "first"))
-    rows = {"image": [None], "label": [0]}
-    with pytest.raises(BadInputError, match="no image in this row"):
-        rows_of(hugging_face(datasets.Dataset.from_dict(rows, features=FEATURES)))
-    rows = {"image": [Image.fromarray(images(1)[0])], "label": [None]}
-    assert [
-        row.label for row in hugging_face(datasets.Dataset.from_dict(rows, features=FEATURES)).samples(0)
-    ] == [-1]
-
-
-def test_unknown_source() -> None:
-    with pytest.raises(UserError, match=r"given 'digit'; allowed: digits, .*did you mean 'digits'"):
-        open_source("digit")
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
@@ -262,6 +76,224 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no samples for training"):
         write_shards(source(images(9)), tmp_path / "b", WriteOptions(held_out=0.99, val=0.0))
     assert os.listdir(tmp_path) == ["a"]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file of a directory."""
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def mended(at: int, n: int = 60, bad: Sequence[int] = ()) -> Source:
+    """The same images every time; the power goes off at a position, if that is reached."""
+    pictures = [png(x) for x in images(n)]
+
+    def read(i: int) -> bytes:
+        if i in bad:
+            raise BadInputError("broken_image", f"number {i}")
+        return pictures[i]
+
+    def samples(start: int) -> Iterator[Raw]:
+        for i in range(start, n):
+            if i == at:
+                raise RuntimeError("power")
+            yield Raw(f"s{i:04d}", i % 3, partial(read, i))
+
+    return Source("test", samples, (), n, "60 pictures")
+
+
+FEW = WriteOptions(shard_samples=4, max_bad=0.1, write_workers=2)
+BAD = (3, 17, 40, 59)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    made = write_shards(mended(-1, bad=BAD), tmp_path_factory.mktemp("whole") / "a", FEW)
+    assert [bad.key for bad in made.bad] == ["s0003", "s0017", "s0040", "s0059"]
+    assert sum(map(made.count, made.splits)) == 56
+    return tree(made.path)
+
+
+@pytest.mark.parametrize("stops", [[0], [7], [23], [58], [12, 13, 30, 31, 57]])
+def test_it_goes_on_where_it_stopped(tmp_path: Path, undisturbed: dict[str, bytes], stops: list[int]) -> None:
+    done = 0
+    for stop in stops:
+        with pytest.raises(RuntimeError, match="power"):
+            write_shards(mended(stop, bad=BAD), tmp_path / "a", FEW)
+        kept = len(list(tmp_path.glob("a.partial/*.tar")))
+        assert kept >= done
+        done = kept
+    assert (done > 0) == (tmp_path / "a.partial").exists() == (stops != [0] and stops != [7])
+    write_shards(mended(-1, bad=BAD), tmp_path / "a", FEW)
+    assert os.listdir(tmp_path) == ["a"]
+    assert tree(tmp_path / "a") == undisturbed
+
+
+@pytest.mark.parametrize("number", [1, 2, 6, 13])
+@pytest.mark.parametrize("torn", [False, True])
+def test_it_goes_on_after_a_torn_line(
+    tmp_path: Path, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, number: int, torn: bool
+) -> None:
+    """The tar is there, its line in the journal is not, or only half of it."""
+    append, lines = journal._append, itertools.count()
+
+    def failing(path: Path, data: dict[str, object]) -> None:
+        if next(lines) == number:
+            if torn:
+                with path.open("a") as file:
+                    file.write(json.dumps(data, default=str)[:20])
+            raise RuntimeError("power")
+        append(path, data)
+
+    monkeypatch.setattr(journal, "_append", failing)
+    with pytest.raises(RuntimeError, match="power"):
+        write_shards(mended(-1, bad=BAD), tmp_path / "a", FEW)
+    monkeypatch.undo()
+    seen: list[int] = []
+    again = mended(-1, bad=BAD)
+    again = replace(again, samples=lambda start: seen.append(start) or mended(-1, bad=BAD).samples(start))
+    write_shards(again, tmp_path / "a", FEW)
+    assert seen[0] > 0 or number < 6
+    assert tree(tmp_path / "a") == undisturbed
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import test_write as t
+from vitlab.data import journal, write
+
+at, append, count = int(sys.argv[3]), journal._append, [0]
+
+def lethal(path, data):
+    count[0] += 1
+    if count[0] == at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    append(path, data)
+
+journal._append = lethal
+t.write_shards(t.mended(-1, bad=t.BAD), t.Path(sys.argv[2]), t.FEW)
+"""
+
+
+def test_a_killed_process_goes_on(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+    here = str(Path(__file__).parent)
+    done = subprocess.run([sys.executable, "-c", KILLED, here, str(tmp_path / "a"), "7"], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert len((tmp_path / "a.partial" / "journal.jsonl").read_bytes().splitlines()) == 6
+    write_shards(mended(-1, bad=BAD), tmp_path / "a", FEW)
+    assert os.listdir(tmp_path) == ["a"]
+    assert tree(tmp_path / "a") == undisturbed
+
+
+def test_other_commands_do_not_go_on(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="power"):
+        write_shards(mended(50), tmp_path / "a", FEW)
+    other = FEW.model_copy(update={"held_out": 0.3, "write_workers": 1, "max_bad": 0.5})
+    with pytest.raises(
+        UserError, match=r"another command \(held_out 0.2, now 0.3\); go on with that"
+    ) as caught:
+        write_shards(mended(-1), tmp_path / "a", other)
+    one_line(caught.value)
+    changed = replace(mended(-1), fingerprint="others")
+    with pytest.raises(UserError, match=r"\(images 60 pictures, now others\)"):
+        write_shards(changed, tmp_path / "a", FEW)
+    part = tmp_path / "a.partial"
+    kept = (part / "train-000000.tar").read_bytes()
+    (part / "train-000000.tar").write_bytes(kept[:-1])
+    with pytest.raises(UserError, match=r"train-000000.tar: was written, but is missing or cut; remove"):
+        write_shards(mended(-1), tmp_path / "a", FEW)
+    (part / "train-000000.tar").write_bytes(kept)
+    lines = (part / "journal.jsonl").read_text()
+    for text in ("no json\n" + lines, lines + "{}\n"):
+        (part / "journal.jsonl").write_text(text)
+        with pytest.raises(UserError, match=r"damaged|not as this version writes it"):
+            write_shards(mended(-1), tmp_path / "a", FEW)
+    (part / "journal.jsonl").write_text(lines)
+    write_shards(mended(-1), tmp_path / "a", FEW.model_copy(update={"write_workers": 1, "max_bad": 0.5}))
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_two_writers_do_not_clash(tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    def samples(start: int) -> Iterator[Raw]:
+        with pytest.raises(UserError, match="another process is writing it; wait for that one") as caught:
+            shards(tmp_path / "a")
+        refused.append(one_line(caught.value))
+        yield from mended(-1).samples(start)
+
+    made = write_shards(replace(mended(-1), samples=samples), tmp_path / "a", FEW)
+    assert len(refused) == 1
+    assert open_shards(tmp_path / "a") == made
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_flood_of_bad_images_ends_the_work_early(tmp_path: Path) -> None:
+    read: list[int] = []
+    flood = mended(-1, bad=range(30, 60))
+    counted = replace(flood, samples=lambda start: (read.append(raw) or raw for raw in flood.samples(start)))
+    text = r"^test: 7 of 60 images cannot become samples \(7 broken_image\), max_bad allows 10.00%; the "
+    with pytest.raises(UserError, match=text) as caught:
+        write_shards(counted, tmp_path / "a", FEW)
+    one_line(caught.value)
+    assert len(read) < 60
+    made = write_shards(flood, tmp_path / "a", FEW.model_copy(update={"max_bad": 0.5}))
+    assert [bad.key for bad in made.bad] == [f"s{i:04d}" for i in range(30, 60)]
+    assert open_shards(made.path).bad == made.bad
+    with pytest.raises(UserError, match="30 of 60 images"):
+        write_shards(replace(flood, total=None), tmp_path / "b", FEW)
+
+
+@pytest.mark.parametrize("workers", [1, 3, 16])
+def test_threads_do_not_change_a_byte(tmp_path: Path, undisturbed: dict[str, bytes], workers: int) -> None:
+    how = FEW.model_copy(update={"write_workers": workers})
+    write_shards(mended(-1, bad=BAD), tmp_path / "a", how)
+    assert tree(tmp_path / "a") == undisturbed
+
+
+def test_sizes_by_bytes(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 40), np.uint8)
+    pixels[7] = 0  # a small one
+    how = WriteOptions(held_out=0.0, val=0.0, shard_bytes=20_480)
+    made = write_shards(arrays(pixels, np.zeros(40, int)), tmp_path / "a", how)
+    sizes = [info.bytes for info in made.split("train")]
+    assert set(sizes) <= {10_240, 20_480}
+    assert sum(info.count for info in made.split("train")) == 40
+    assert {info.count for info in made.split("train")[:-1]} <= {5, 6}
+    both = how.model_copy(update={"shard_samples": 3})
+    counts = [
+        info.count
+        for info in write_shards(arrays(pixels, np.zeros(40, int)), tmp_path / "b", both).split("train")
+    ]
+    assert counts == [3] * 13 + [1]
+    tiny = how.model_copy(update={"shard_bytes": 1})
+    assert len(write_shards(arrays(pixels, np.zeros(40, int)), tmp_path / "c", tiny).split("train")) == 40
+
+
+def test_to_an_address(
+    tmp_path: Path, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every shard is copied when it is full, the index last; what was copied is not made again."""
+    fsspec = pytest.importorskip("fsspec")
+    monkeypatch.setenv("VITLAB_HOME", str(tmp_path / "home"))
+    store = fsspec.filesystem("memory")
+    url = "memory://written/shards"
+    with pytest.raises(RuntimeError, match="power"):
+        write_shards(mended(40, bad=BAD), url, FEW)
+    there = {Path(name).name for name in store.ls("/written/shards", detail=False)}
+    assert {"train-000000.tar", "train-000000.idx.json"} <= there
+    assert "index.json" not in there
+    copied: list[str] = []
+    upload = write_module.upload
+    monkeypatch.setattr(write_module, "upload", lambda file, to: copied.append(file.name) or upload(file, to))
+    write_shards(mended(-1, bad=BAD), url, FEW)
+    assert not there & set(copied)
+    assert copied[-1] == "index.json"
+    names = store.ls("/written/shards", detail=False)
+    assert {Path(name).name: store.cat(name) for name in names} == undisturbed
+    assert list((tmp_path / "home" / "uploads").iterdir()) == []
+    with pytest.raises(UserError, match="memory://written/shards: has shards already"):
+        write_shards(mended(-1), url, FEW)
 
 
 def test_long_writes_are_shown(
