@@ -82,6 +82,9 @@ def _handler(server: Server) -> type[BaseHTTPRequestHandler]:
                 body += self.rfile.read(size)
                 self.rfile.readline()
             self.rfile.readline()
+            if "/" in self._name():
+                self._refuse(404)
+                return
             server.files[self._name()] = body
             self.send_response(201)
             self.send_header("Content-Length", "0")

@@ -112,6 +112,8 @@ def test_a_web_server(tmp_path: Path) -> None:
         upload(tmp_path / "b", f"{server.url}/b", QUICK)
         assert server.files["b"] == BODY[:-3]
         assert exists(f"{server.url}/b", QUICK)
+        with pytest.raises(UserError, match=r"/none/b: no such bucket or folder to write to; make it first$"):
+            upload(tmp_path / "b", f"{server.url}/none/b", QUICK)
 
 
 def test_a_missing_file_is_final() -> None:

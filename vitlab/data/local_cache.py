@@ -96,9 +96,15 @@ class Cache:
     def open_tar(self, name: str, size: int, sha256: str) -> int:
         """`tar`, open for reading: a file descriptor, which the caller closes soon."""
         while True:
-            path = self.tar(name, size, sha256)
-            with suppress(FileNotFoundError):  # evicted between the two
-                return os.open(path, os.O_RDONLY)
+            try:
+                fd = os.open(self._place(name), os.O_RDONLY)
+            except FileNotFoundError:  # not there, or evicted a moment ago
+                self.tar(name, size, sha256)
+                continue
+            if _noted(fd, os.fstat(fd), size):
+                return fd
+            os.close(fd)
+            self.tar(name, size, sha256)
 
     def touch(self, name: str, size: int) -> bool:
         """Notes that a tar is going to be used; False if it is not there."""
@@ -123,7 +129,7 @@ class Cache:
         return max(sizes)
 
     def _place(self, name: str) -> Path:
-        if Path(name).name != name or name.startswith("."):
+        if "/" in name or name[:1] in ("", "."):
             raise UserError(
                 f"{shown(self.url)}: {name!r} is no plain file name; the index is not to be trusted"
             )
@@ -177,11 +183,15 @@ def _use(path: Path, size: int) -> bool:
         stat = path.stat()
     except FileNotFoundError:
         return False
+    return _noted(path, stat, size)
+
+
+def _noted(file: Path | int, stat: os.stat_result, size: int) -> bool:
     if stat.st_size != size:
         return False
     if time.time() - stat.st_mtime > TOUCH:
         with suppress(OSError):  # evicted, or of another user: then it counts as older than it is
-            os.utime(path)
+            os.utime(file)
     return True
 
 

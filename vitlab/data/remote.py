@@ -192,7 +192,10 @@ def upload(local: Path, url: str, patience: Patience = PATIENT) -> None:
         if there != size:
             raise OSError(f"{there} of {size} bytes are there")
 
-    patiently(url, patience, put, stops=False)
+    try:
+        patiently(url, patience, put, stops=False)
+    except Missing:
+        raise UserError(f"{shown(url)}: no such bucket or folder to write to; make it first") from None
 
 
 def exists(url: str, patience: Patience = PATIENT) -> bool:
