@@ -95,6 +95,35 @@ def test_the_presets_stay_as_they_are() -> None:
     assert resolved(preset("dino")) == before
 
 
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "deit"])
+def test_the_device_does_what_the_loaders_leave(name: str) -> None:
+    view, plain = View("global/1", 8), ViewRecipe()
+    whole, late = preset(name), preset(name, on_device=True)
+    assert (whole.for_loader(view), whole.for_device(view)) == (whole.for_view(view), plain)
+    loader, device = late.for_loader(view), late.for_device(view)
+    kept = {"crop_scale", "crop_ratio", "interpolation", "pad", "rotate", "zoom", "rand_augment"}
+    for key, value in late.for_view(view):
+        if key in kept:
+            assert (getattr(loader, key), getattr(device, key)) == (value, getattr(plain, key))
+        else:
+            assert getattr(device, key) == value, key
+            if key not in (
+                "jitter_prob",
+                "blur_sigma",
+            ):  # which say nothing where there is no jitter, no blur
+                assert getattr(loader, key) == getattr(plain, key), key
+    assert preset("deit", on_device=True, rand_augment=None).for_device(view).erase == 0.25
+
+
+def test_a_flip_stays_before_a_turn() -> None:
+    view = View("a", 8)
+    for keys in ({"rotate": 10}, {"zoom": 0.1}):
+        config = build(AugmentConfig, {"flip": True, "on_device": True, **keys})
+        assert (config.for_loader(view).flip, config.for_device(view).flip) == (True, False)
+    config = build(AugmentConfig, {"flip": True, "pad": 2, "on_device": True})
+    assert (config.for_loader(view).flip, config.for_device(view).flip) == (False, True)
+
+
 def test_views_that_a_method_lacks() -> None:
     config = preset(
         "dino", views={"local": {"blur": 0.1}, "globl/0": {"blur": 0.1}, "image": {"flip": False}}
@@ -124,6 +153,16 @@ def test_views_that_a_method_lacks() -> None:
         ({"rand_augment": {"magnitude": 11}}, "rand_augment.magnitude: given 11"),
         ({"mix_prob": 1.5}, "mix_prob: given 1.5"),
         ({"mixup": -1}, "mixup: given -1"),
+        (
+            {"name": "deit", "on_device": True},
+            "on_device: given true beside rand_augment, which only the loaders do; allowed: one of the two; "
+            "give rand_augment: null, or leave on_device out",
+        ),
+        (
+            {"on_device": True, "views": {"local": {"rand_augment": {}}}},
+            "on_device: given true beside views.local.rand_augment, .*; give views.local.rand_augment: null",
+        ),
+        ({"views": {"a": {"on_device": True}}}, "views.a.on_device: unknown key"),
     ],
 )
 def test_refused_in_one_line(given: dict[str, object], line: str) -> None:

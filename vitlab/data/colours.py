@@ -61,8 +61,12 @@ def jitter(image: Image.Image, order: float, u: Sequence[float], strength: Seque
 
     apply = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
     for i in ORDERS[int(order * len(ORDERS))]:
-        s = strength[i]
-        low, high = (-s, s) if i == 3 else (max(0.0, 1 - s), 1 + s)
-        if s and (i < 2 or image.mode != "L"):
+        if strength[i] and (i < 2 or image.mode != "L"):
+            low, high = spread(i, strength[i])
             image = apply[i](image, low + (high - low) * u[i])
     return image
+
+
+def spread(i: int, strength: float) -> tuple[float, float]:
+    """Between what the factor of the i-th of brightness, contrast, saturation and hue lies."""
+    return (-strength, strength) if i == 3 else (max(0.0, 1 - strength), 1 + strength)

@@ -70,7 +70,13 @@ class ViewRecipe(Config):
             raise ValueError(f"jitter: given {self.jitter}; allowed: a hue, the last, of at most 0.5")
         return self
 
+    @property
+    def flips_last(self) -> bool:
+        """Whether no pixel moves after the flip: it may then come as late as one likes."""
+        return self.flip and not (self.rotate or self.zoom)
 
+
+PLAIN: dict[str, Any] = {"jitter": None, "grey": 0.0, "blur": 0.0, "solarize": 0.0, "erase": 0.0}  # all off
 PRESETS: dict[str, dict[str, Any]] = {
     "none": {},
     "mae": {"crop_scale": [0.2, 1.0], "interpolation": "bicubic", "flip": True},
@@ -124,6 +130,9 @@ class AugmentConfig(ViewRecipe):
     cutmix: float = Field(default=0.0, ge=0)
     mix_prob: Share = 1.0  # an image is mixed at all
     mix_switch: Share = 0.5  # CutMix rather than Mixup, where both are on
+    on_device: bool = (
+        False  # the loaders crop and turn, the device that trains does the rest, but RandAugment
+    )
     views: Changes = Field({})  # changes for views by their name, or by what stands before its "/"
 
     @model_validator(mode="before")
@@ -147,6 +156,19 @@ class AugmentConfig(ViewRecipe):
                 raise ValueError(f"views.{view}.{error}") from None
         return self
 
+    @model_validator(mode="after")
+    def _device_can(self) -> Self:
+        """Else a view would be left without what it was to have."""
+        everywhere = [("rand_augment", self.rand_augment)]
+        single = [(f"views.{view}.rand_augment", c.get("rand_augment")) for view, c in self.views.items()]
+        where = next((key for key, given in everywhere + single if given is not None), None)
+        if self.on_device and where:
+            raise ValueError(
+                f"on_device: given true beside {where}, which only the loaders do; "
+                f"allowed: one of the two; give {where}: null, or leave on_device out"
+            )
+        return self
+
     @property
     def mixes(self) -> bool:
         """Whether images are mixed of two."""
@@ -163,6 +185,21 @@ class AugmentConfig(ViewRecipe):
         for name in (view.draws, view.name):
             changes |= self.views.get(name.partition("/")[0], {}) | self.views.get(name, {})
         return self._changed(changes)
+
+    def for_loader(self, view: View) -> ViewRecipe:
+        """What is done to a view before it is in a batch: all of it, or only where each pixel goes."""
+        recipe = self.for_view(view)
+        if not self.on_device:
+            return recipe
+        return recipe.model_copy(update=PLAIN | ({"flip": False} if recipe.flips_last else {}))
+
+    def for_device(self, view: View) -> ViewRecipe:
+        """And after: the rest."""
+        recipe = self.for_view(view)
+        if not self.on_device:
+            return ViewRecipe()
+        painted = {name: getattr(recipe, name) for name in (*PLAIN, "jitter_prob", "blur_sigma")}
+        return ViewRecipe(flip=recipe.flips_last, **painted)
 
     def unknown_views(self, views: list[str]) -> list[str]:
         """Names under `views` that are none of a method's views, but for what the preset has of itself."""

@@ -17,7 +17,7 @@ ROWS = 6  # images in the picture
 def log_views(place: Place, title: str, shards: Shards, read: ReadPlan, world: World) -> None:
     """`pictures/augmentation.png` in the stage's run: the first images, each in all its views."""
     few = replace(read, loaders=0, accumulate=_cut(read, place.data.streams))
-    batch = mover(place.data, world, read.augment, read.batch)(next(train_batches(shards, place.data, few)))
+    batch = mover(place.data, world, read)(next(train_batches(shards, place.data, few)))
     views = {view.name: batch.pixels(i)[:ROWS] for i, view in enumerate(read.views)}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "pictures"

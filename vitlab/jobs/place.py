@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vitlab.batch import Batch
-from vitlab.data import AugmentConfig, Shards, ShardsConfig, draw_lots, mixed, normalisation, open_shards
+from vitlab.data import ReadPlan, Shards, ShardsConfig, draw_lots, mixed, normalisation, open_sets
+from vitlab.data.on_device import paint_on_device
 from vitlab.dist import World
 from vitlab.tracking import Store, TrackingConfig
 
@@ -20,7 +21,7 @@ class Place:
     home: Path
     tracking: TrackingConfig
     run_id: str
-    shards: Path
+    shards: tuple[str, ...]  # the addresses of its sets
     data: ShardsConfig
     loaders: int
 
@@ -28,18 +29,23 @@ class Place:
         return Store(self.tracking, self.home)
 
     def open(self) -> Shards:
-        return open_shards(self.shards, self.data.max_bad)
+        return open_sets(self.shards, self.data)
 
 
-def mover(
-    data: ShardsConfig, world: World, augment: AugmentConfig | None = None, batch_size: int = 0
-) -> Callable[[Batch], Batch]:
-    """What puts a batch on this worker's device, normalised; of a training batch, images mixed if asked."""
+def mover(data: ShardsConfig, world: World, read: ReadPlan | None = None) -> Callable[[Batch], Batch]:
+    """What puts a batch on this worker's device, normalised; one of `read`, for training, painted and mixed
+    there if the plan says so."""
     mean, std = (t.to(world.device) for t in normalisation(data))
-    if augment is None or not augment.mixes:
+    if read is None:
         return lambda batch: batch.to(world.device, mean, std)
-    group = batch_size // data.streams
-    return lambda batch: mixed(batch.to(world.device, mean, std), draw_lots(batch, augment, group))
+    augment, paint = read.augment, paint_on_device(read.augment, read.views)
+
+    def move(batch: Batch) -> Batch:
+        moved = batch.on(world.device)
+        moved = replace(moved, views=paint(moved.views, moved.seeds)).normalised(mean, std)
+        return mixed(moved, draw_lots(batch, augment, read.batch // data.streams)) if augment.mixes else moved
+
+    return move
 
 
 def preprocess(data: ShardsConfig) -> dict[str, Any]:

@@ -164,7 +164,7 @@ def _start_from(model: Backbone, folder: Path) -> None:
 def _steps(
     place: Place, shards: Shards, read: ReadPlan, world: World, ledger: Ledger, start: int
 ) -> Iterator[list[Batch]]:
-    to_device = mover(place.data, world, read.augment, read.batch)
+    to_device = mover(place.data, world, read)
     batches = ledger.watch(train_batches(shards, place.data, read, start_step=start), "train")
     while step := [to_device(batch) for batch in itertools.islice(batches, read.accumulate)]:
         yield step
