@@ -6,8 +6,8 @@ the way). The walk then steps from member to member; where a header is broken it
 one, and a payload in which a header stands was torn, so the walk goes on at that header.
 
 A header is valid when its checksum is (unsigned or signed), whatever its format: v7, ustar, GNU (long names,
-sizes in base 256, sparse files) or pax (`path` and `size`, but not for all members at once). Archives within the archive (`.tar`, `.zip`) may
-hold headers of their own; they are stepped over.
+sizes in base 256, sparse files) or pax (`path` and `size` of one member; of all at once they are nonsense).
+Archives within the archive (`.tar`, `.zip`) may hold headers of their own; they are stepped over.
 
 Memory: one chunk of 4 MiB and eight bytes a member, however large the file; no size from a header is ever
 allocated. Time: linear in the file's size, two searches and one hash of every byte.
@@ -30,6 +30,7 @@ EXTENDED_AT_MOST = 1 << 20  # bytes of a long name or a pax header that are read
 MAGIC, MAGIC_AT, SUM_AT = b"ustar", 257, 148
 # A checksum as nearly all programs write it. The text comes first, so that the search is a fast one.
 SUM = re.compile(rb"\0 (?<=[0-7 ]{6}\0 )")
+LOW = bytes(range(128))
 OCTAL = re.compile(rb"[ \0]*([0-7]*)[ \0]*")
 RECORD = re.compile(rb"([0-9]{1,9}) ([^=\n]+)=")
 ARCHIVES = (b".tar", b".zip")
@@ -96,21 +97,20 @@ def parse(block: bytes) -> Header | None:
     """The header in a block of 512 bytes, or nothing where its checksum or its size is none."""
     if len(block) < BLOCK:
         return None
+    name, magic = block[:100].split(b"\0", 1)[0], block[MAGIC_AT : MAGIC_AT + 6]
+    if not magic.startswith(MAGIC) and (not name or magic.strip(b"\0")):
+        return None  # v7 has zeros there; without this a header that has moved by a byte may pass for one
     given = _number(block[SUM_AT : SUM_AT + 8])
     if not given:
         return None
     rest = block[:SUM_AT] + b" " * 8 + block[SUM_AT + 8 : 256]
     # The low half of adler32 is the sum of bytes plus one, exact for up to 256 of them, and far faster.
     total = (zlib.adler32(rest) & 0xFFFF) + (zlib.adler32(block[256:]) & 0xFFFF) - 2
-    if given != total:
-        signed = total - 256 * sum(byte > 127 for byte in rest + block[256:])  # as some old programs sum
-        if given != signed:
-            return None
-    size = _number(block[124:136])
-    if size is None:
+    high = len((rest + block[256:]).translate(None, LOW))
+    size, kind = _number(block[124:136]), block[156:157]
+    if size is None or given not in (total, total - 256 * high):  # the second sums signed bytes, as of old
         return None
-    name, kind = block[:100].split(b"\0", 1)[0], block[156:157]
-    if block[MAGIC_AT : MAGIC_AT + 6] == b"ustar\0":  # GNU has no prefix, but dates in its place
+    if magic == b"ustar\0":  # GNU has no prefix, but dates in its place
         prefix = block[345:500].split(b"\0", 1)[0]
         name = prefix + b"/" + name if prefix else name
     if kind == b"\0" and name.endswith(b"/"):

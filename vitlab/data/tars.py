@@ -154,7 +154,7 @@ class _Found:
         name = text(item.name) if item.name is not None else None
         key, extension = base_plus_ext(name) if name is not None else (None, "")
         if isinstance(item, Damage):
-            last = self.key if name is None else key or name
+            last = (self.key if item.kind == "broken_header" else "") if name is None else key or name
             self._name(item.kind, item.place, last or "", item.reason)
             if key is not None:
                 self.torn.add(key)
