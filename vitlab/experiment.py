@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, model_validator
 
 from vitlab.config import Config, UserError, build, free, load, resolved
-from vitlab.data import Shards, ShardsConfig
+from vitlab.data import Origin, Shards, ShardsConfig, absolute, is_url, local_path
 from vitlab.engine.launch import ClusterConfig
 from vitlab.evaluation import EvaluateConfig
 from vitlab.evaluation.attention import layers_of
@@ -250,20 +250,14 @@ def trial_stages(tune: TuneConfig, finetune: TrainConfig) -> Iterator[TrainConfi
 
 def from_anywhere(config: ShardsConfig) -> ShardsConfig:
     """The same images named by absolute paths: `folder:images` is other data in another directory."""
-    if config.path is not None:  # absolute and no more: a link may lead elsewhere on another node
-        return config.model_copy(update={"path": str(Path(config.path).absolute())})
-    text = str(config.source)
-    kind, _, rest = text.partition(":")
-    name, *split = rest.split(":", 1)
-    if text == "digits":
-        return config
-    if kind in ("folder", "idx") and rest:
-        text = f"{kind}:{Path(rest).resolve()}"
-    elif kind == "hf" and name:
-        text = ":".join(["hf", str(Path(name).resolve()), *split]) if Path(name).is_dir() else text
-    elif Path(text).is_dir():
-        text = str(Path(text).resolve())
-    return config.model_copy(update={"source": text})
+    sets = [one.model_copy(update=_absolute(one)) for one in config.sets]
+    return config.model_copy(update={**_absolute(config), "sets": sets})
+
+
+def _absolute(origin: Origin) -> dict[str, str]:
+    if origin.path is not None:  # absolute and no more: a link may lead elsewhere on another node
+        return {} if is_url(origin.path) else {"path": str(local_path(origin.path).absolute())}
+    return {"source": absolute(origin.source)} if origin.source is not None else {}
 
 
 def check_shards(experiment: Experiment, shards: Shards, *, evaluates: bool) -> None:

@@ -6,7 +6,6 @@ and is a hit, goes on with an unfinished run, or starts one.
 
 from __future__ import annotations
 
-import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,14 +18,14 @@ import yaml
 
 from vitlab import cache
 from vitlab.cache import Artifact, Claim, Fence, content_key
-from vitlab.config import Config, UserError, deciding, digest, flatten, resolved, without_password
-from vitlab.data import Shards, ShardsConfig, prepare
+from vitlab.config import Config, UserError, digest, flatten, resolved, without_password
+from vitlab.data import Shards, ShardsConfig, addresses, prepare
 from vitlab.engine import checkpoint
 from vitlab.engine.launch import Session
 from vitlab.evaluation import EvaluateConfig
 from vitlab.experiment import Experiment, check_shards, from_anywhere
 from vitlab.face import Face, Line, Row
-from vitlab.home import git_sha, home, locked
+from vitlab.home import git_sha, home
 from vitlab.jobs import EvaluateJob, Place, TrainJob, forget, work
 from vitlab.jobs.adopting import AdoptJob, locate, run_adoption
 from vitlab.jobs.naming import ended, figured, title
@@ -43,7 +42,15 @@ REVISION = {
     "evaluate": 1,
     "search": 1,
 }
-SEEN = ("image_size", "channels", "streams", "window", "mean", "std")  # data settings that decide a result
+SEEN = (
+    "image_size",
+    "channels",
+    "streams",
+    "window",
+    "mean",
+    "std",
+    "max_pixels",
+)  # data settings that decide a result
 Result = dict[str, Any]  # of a job: artifact, metrics, seconds
 
 
@@ -116,17 +123,12 @@ class Run:
 
     def shards(self, config: ShardsConfig) -> Shards:
         """The images: written on first use, then found by their config; refuses what they cannot serve."""
-        given, config = config, from_anywhere(config)
-        written = {k: v for k, v in deciding(config).items() if k not in (*SEEN, "num_classes")}
-        kind = re.sub(r"[^\w-]+", "-", config.source or "given")[-60:].strip("-")
-        dest = self.home / "shards" / f"{kind}-{digest(written)[:12]}"
-        with locked(dest.with_suffix(".lock")):
-            shards = prepare(config, dest)
-        if given == self.experiment.data:
+        shards = prepare(from_anywhere(config), self.home / "shards")
+        if config == self.experiment.data:
             check_shards(self.experiment, shards, evaluates=self.pipeline != "notebook")
             self.images = shards
         counts = ", ".join(f"{shards.count(split)} {split}" for split in shards.splits)
-        self.face.print(f"  data: {counts} images of {len(shards.classes)} classes in {shards.path}")
+        self.face.print(f"  data: {counts} images of {len(shards.classes)} classes in {shards.where}")
         self.store.tag(self.run_id, {"vitlab.data_digest": shards.digest})
         return shards
 
@@ -203,7 +205,7 @@ class Run:
     def _place(self, run_id: str, data: Shards) -> Place:
         experiment = self.experiment
         loaders = experiment.cluster.loaders
-        return Place(self.home, self.store.config, run_id, data.path, experiment.data, loaders)
+        return Place(self.home, self.store.config, run_id, addresses(data), experiment.data, loaders)
 
     # ------------------------------------------------------------ hit, resume or run
 

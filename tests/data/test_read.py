@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import io
 import signal
 import subprocess
 import sys
@@ -13,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from samples import all_same, config, images, one_line, plan, raw_tar, shards
 
 from vitlab.batch import Batch, sample_seeds
@@ -21,15 +19,15 @@ from vitlab.config import UserError
 from vitlab.data import (
     AugmentConfig,
     Shards,
-    decode,
     eval_batches,
     index_existing,
     open_shards,
     order_of,
     train_batches,
 )
-from vitlab.data import read as read_module
-from vitlab.data.read import Reader
+from vitlab.data import reader as reader_module
+from vitlab.data.decode import decode
+from vitlab.data.reader import Reader
 from vitlab.data.sources import png
 from vitlab.dist import World
 
@@ -85,10 +83,10 @@ def test_batches_are_what_the_order_says(made: Shards) -> None:
     batches = list(train_batches(made, settings, plan()))
     for number, batch in enumerate(batches):
         epoch, step = divmod(number, order.steps)
-        wanted = [reader.read(int(i), 1) for i in order.batch_indices(epoch, step)]
-        assert batch.keys == [key for _, _, key in wanted]
-        assert batch.labels.tolist() == [label for _, label, _ in wanted]
-        assert torch.equal(batch.views[0], torch.stack([image for image, _, _ in wanted]))
+        wanted = [reader.read(int(i)) for i in order.batch_indices(epoch, step)]
+        assert batch.keys == [one.key for one in wanted]
+        assert batch.labels.tolist() == [one.label for one in wanted]
+        assert torch.equal(batch.views[0], torch.stack([decode(one.data or b"", 1) for one in wanted]))
         assert batch.views[1].shape == (16, 1, 6, 6)
         positions = step * 16 + np.arange(16)
         assert batch.seeds.tolist() == sample_seeds(3, epoch, positions).tolist()
@@ -136,28 +134,29 @@ def test_evaluation_of_chosen_samples(made: Shards, workers: int) -> None:
     assert found == [keys[number] for number in numbers]
 
 
-def test_decoding_turns_upright_and_fits_the_channels() -> None:
-    pixels = images(1, channels=3)[0][:4]
-    upright = Image.fromarray(pixels)
-    assert torch.equal(decode(png(pixels), 3), torch.from_numpy(pixels).permute(2, 0, 1))
-    assert decode(png(pixels), 1).shape == (1, 4, 8)
-    assert decode(png(images(1)[0]), 3).shape == (3, 8, 8)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned
-    out = io.BytesIO()
-    upright.save(out, "PNG", exif=exif)
-    assert decode(out.getvalue(), 3).shape == (3, 8, 4)
-
-
 @pytest.mark.parametrize("loaders", [0, 1])
-def test_a_broken_image_is_named_in_one_line(tmp_path: Path, loaders: int) -> None:
-    good = png(images(1)[0])
-    names = [(f"k{i}.png", good if i != 2 else good[: len(good) // 2]) for i in range(4)]
-    raw_tar(tmp_path / "train-0.tar", names)
-    made = index_existing(tmp_path)
-    with pytest.raises(UserError, match=r"train-0\.tar: sample k2 cannot be decoded") as caught:
-        list(train_batches(made, config(tmp_path, streams=1), plan(batch=2, loaders=loaders)))
-    one_line(caught.value)
+def test_a_broken_image_keeps_its_slot(tmp_path: Path, loaders: int) -> None:
+    good = [png(image) for image in images(6)]
+
+    def written(folder: Path, broken: int | None) -> Shards:
+        folder.mkdir()
+        names = [(f"k{i}.png", data if i != broken else data[: len(data) // 2]) for i, data in enumerate(good)]
+        raw_tar(folder / "train-0.tar", names)
+        return index_existing(folder)
+
+    whole, cut = (
+        list(train_batches(s, config(s.path, streams=1), plan(batch=2, loaders=loaders)))
+        for s in (written(tmp_path / "whole", None), written(tmp_path / "cut", 2))
+    )
+    assert [b.keys for b in whole] == [b.keys for b in cut]
+    for a, b in zip(whole, cut, strict=True):
+        lost = [key == "k2" for key in b.keys]
+        assert b.weight.tolist() == [0.0 if gone else 1.0 for gone in lost]
+        assert [bad.key for bad in b.bad] == ["k2"] * sum(lost)
+        assert all(bad.kind == "cut_image" and bad.shard == "train-0.tar" for bad in b.bad)
+        for i, gone in enumerate(lost):
+            for one, other in zip(a.views, b.views, strict=True):
+                assert not other[i].any() if gone else torch.equal(one[i], other[i])
 
 
 def test_plans_refused(made: Shards) -> None:
@@ -175,13 +174,13 @@ def test_plans_refused(made: Shards) -> None:
 
 
 def test_open_tars_are_bounded(made: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read_module, "OPEN_TARS", 2)
+    monkeypatch.setattr(reader_module, "OPEN_TARS", 2)
     gc.collect()  # readers of earlier tests
     reader = Reader(made, "train")
-    keys = [reader.read(i, 1)[2] for i in range(made.count("train"))]
+    keys = [reader.read(i).key for i in range(made.count("train"))]
     assert len(set(keys)) == made.count("train")
     assert open_tars(made.path) == 2
-    assert [reader.read(i, 1)[2] for i in range(3)] == keys[:3]
+    assert [reader.read(i).key for i in range(3)] == keys[:3]
     del reader
     assert open_tars(made.path) == 0
 

@@ -2,23 +2,28 @@
 
 from vitlab.data.augment import eval_transform, train_transform
 from vitlab.data.bad import check_bound, counts
+from vitlab.data.blend import addresses, blend, open_sets
+from vitlab.data.decode import decode
 from vitlab.data.hugging_face import hugging_face
 from vitlab.data.index import ShardInfo, Shards, open_shards
 from vitlab.data.indexing import index_existing
 from vitlab.data.mixing import draw_lots, mixed
-from vitlab.data.opening import open_source
+from vitlab.data.opening import absolute, open_source
 from vitlab.data.order import Order, chosen, exact
 from vitlab.data.pixels import arrays
-from vitlab.data.read import ReadPlan, decode, eval_batches, order_of, train_batches
+from vitlab.data.preparing import prepare
+from vitlab.data.read import ReadPlan, eval_batches, order_of, train_batches
 from vitlab.data.recipes import AugmentConfig, RandAugmentConfig, ViewRecipe
-from vitlab.data.settings import ShardsConfig, WriteOptions, check_classes, normalisation
+from vitlab.data.remote import is_url, local_path
+from vitlab.data.settings import Origin, ShardsConfig, WriteOptions, check_classes, normalisation
 from vitlab.data.sources import Raw, Source, digits, folder, limited
 from vitlab.data.tars import Sample
-from vitlab.data.write import prepare, write_shards
+from vitlab.data.write import write_shards
 
 __all__ = [
     "AugmentConfig",
     "Order",
+    "Origin",
     "RandAugmentConfig",
     "Raw",
     "ReadPlan",
@@ -29,7 +34,10 @@ __all__ = [
     "Source",
     "ViewRecipe",
     "WriteOptions",
+    "absolute",
+    "addresses",
     "arrays",
+    "blend",
     "check_bound",
     "check_classes",
     "chosen",
@@ -43,9 +51,12 @@ __all__ = [
     "folder",
     "hugging_face",
     "index_existing",
+    "is_url",
     "limited",
+    "local_path",
     "mixed",
     "normalisation",
+    "open_sets",
     "open_shards",
     "open_source",
     "order_of",

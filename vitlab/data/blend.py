@@ -23,8 +23,9 @@ from pathlib import Path
 import numpy as np
 
 from vitlab.config import UserError, digest
-from vitlab.data.index import ShardInfo, Shards, Tar
+from vitlab.data.index import ShardInfo, Shards, Tar, open_shards
 from vitlab.data.order import Held, Order, Streams, check_shape
+from vitlab.data.settings import ShardsConfig
 from vitlab.data.tars import Columns
 
 FORMAT = "vitlab-blend/1"
@@ -198,6 +199,17 @@ class Blend(Shards):
 
     def columns(self, info: ShardInfo) -> Columns:
         raise AssertionError(f"{info.file}: several sets may have a file of this name; ask `tars`")
+
+
+def open_sets(addresses: Sequence[str], config: ShardsConfig) -> Shards:
+    """What `addresses` named, in another process."""
+    parts = [open_shards(address, config.max_bad, config.remote) for address in addresses]
+    return blend(parts, config.weights)
+
+
+def addresses(shards: Shards) -> tuple[str, ...]:
+    """What opens shards again, or each of several sets."""
+    return tuple(part.address for part in sets_of(shards))
 
 
 def sets_of(shards: Shards) -> tuple[Shards, ...]:

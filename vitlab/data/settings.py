@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from vitlab.config import Config, UserError, free
+from vitlab.config import Config, UserError, deciding, free
 
 if TYPE_CHECKING:
     from vitlab.data.index import Shards
@@ -132,6 +132,12 @@ class ShardsConfig(Origin, WriteOptions):
     def weights(self) -> list[float | None]:
         """Of the sets; what `blend` takes beside the shards of the parts."""
         return [one.weight for one in self.sets] or [None]
+
+
+def written(config: ShardsConfig) -> dict[str, Any]:
+    """What decides the shards that are made of a source."""
+    names = set(WriteOptions.model_fields) | set(Origin.model_fields)
+    return {name: value for name, value in deciding(config).items() if name in names}
 
 
 def normalisation(config: ShardsConfig) -> tuple[Tensor, Tensor]:
