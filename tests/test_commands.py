@@ -169,7 +169,10 @@ def test_many_classes_are_cut(tmp_path: Path, vitlab: Said, monkeypatch: pytest.
     said = vitlab("shards", "stats", path, "--picture", tmp_path / "x.png")[1]
     assert "class 1 " in said
     assert "class 2 " not in said
-    assert "… and 2 more; the smallest: class 0 (15), the largest: class 0 (15)\n" in said
+    assert "… and 2 more; all of them have 15 images\n" in said
+    path = write(tmp_path / "more", n=62)
+    said = vitlab("shards", "stats", path, "--picture", tmp_path / "x.png")[1]
+    assert "… and 2 more; the smallest: class 2 (15), the largest: class 0 (16)\n" in said
 
 
 def test_a_picture_that_cannot_be_written(whole: Path, tmp_path: Path, vitlab: Said) -> None:

@@ -17,6 +17,7 @@ from samples import images, one_line, raw_tar, shards
 from vitlab.batch import Bad
 from vitlab.config import UserError
 from vitlab.data import Shards, index_existing, open_shards
+from vitlab.data.blend import blend
 from vitlab.data.index import columns_path, save_index
 from vitlab.data.inspect import MEANING, Verdict, verify
 from vitlab.data.sources import png
@@ -337,3 +338,16 @@ def test_examples_are_spread_and_fixed(tmp_path: Path) -> None:
     assert all((a == b).all() for a, b in zip(pictures, again, strict=True))
     small, _ = examples(made, classes=1, each=1, side=4)
     assert tuple(small[0].shape) == (3, 4, 4)
+
+
+def test_examples_of_several_sets(tmp_path: Path) -> None:
+    """A class has its number in all of them together, whatever it has in its own set."""
+    pictures = [np.full((8, 8, 3), 40 * i, np.uint8) for i in range(6)]
+    a, b = (of(pictures[i : i + 3], tmp_path / str(i)) for i in (0, 3))
+    save_index(Shards(b.path, ["class 2", "class 1", "new"], b.splits))
+    both = blend([a, open_shards(b.path)], [None, None])
+    found = [(int(image[0, 0, 0]) // 40, label) for image, label in zip(*examples(both), strict=True)]
+    names = [(picture, both.classes[label]) for picture, label in found]
+    assert sorted(names) == [
+        (0, "class 0"), (1, "class 1"), (2, "class 2"), (3, "class 2"), (4, "class 1"), (5, "new")
+    ]  # fmt: skip

@@ -156,11 +156,11 @@ def _tables(face: Face, found: Statistics) -> None:
     face.listing(("class", *splits), rows)
     if len(found.classes) > CLASSES:
         total = [sum(some) for some in zip(*(s.counts.tolist() for s in splits.values()), strict=True)]
-        small, large = total.index(min(total)), total.index(max(total))
-        face.print(
-            f"… and {len(found.classes) - CLASSES:,} more; the smallest: {found.classes[small]} "
-            f"({total[small]:,}), the largest: {found.classes[large]} ({total[large]:,})"
-        )
+        more = f"… and {len(found.classes) - CLASSES:,} more"
+        ends = [(what, size(total)) for what, size in (("smallest", min), ("largest", max))]
+        said = (f"the {what}: {found.classes[total.index(n)]} ({n:,})" for what, n in ends)
+        same = f"all of them have {total[0]:,} images"
+        face.print(f"{more}; {same if len(set(total)) == 1 else ', '.join(said)}")
         face.print()
 
 
@@ -173,7 +173,9 @@ def _sentences(face: Face, found: Statistics) -> None:
     all_of = f"all {found.of:,}" if found.chosen == found.of else f"{found.chosen:,} of {found.of:,}"
     face.print(f"formats: {formats}")
     for name, (low, middle, high) in (("width", width), ("height", height)):
-        face.print(f"{name}: {low} to {high} pixels, half of them up to {middle:g}")
+        face.print(
+            f"{name}: {low} pixels" if low == high else f"{name}: {low} to {high} pixels, median {middle:g}"
+        )
     if seen.broken:
         face.print(f"{seen.broken:,} images cannot be decoded; list them with `vitlab shards verify`")
     how = "" if found.chosen == found.of else ", a fixed random choice; --all takes all"

@@ -25,8 +25,8 @@ from vitlab.config import UserError
 from vitlab.data.augment import eval_transform
 from vitlab.data.bad import BadInputError
 from vitlab.data.decode import decode
-from vitlab.data.index import ShardInfo, Shards
-from vitlab.data.tars import read_member
+from vitlab.data.index import ShardInfo, Shards, Tar
+from vitlab.data.tars import NO_LABEL, read_member
 
 LOOKED = 5000  # images that are decoded, unless all are
 VALUES = np.arange(256) / 255
@@ -183,17 +183,17 @@ def examples(
 
     A larger image is shrunk to `side` and cut to its middle.
     """
-    found: dict[int, list[tuple[ShardInfo, int, int]]] = {}
-    infos = shards.split("train")
-    for info in _spread_over(infos, TARS):
-        columns = shards.columns(info)
+    found: dict[int, list[tuple[Tar, int, int]]] = {}
+    for tar in _spread_over(shards.tars("train"), TARS):
+        columns = tar.shards.columns(tar.info)
         for offset, size, label in zip(columns.offsets, columns.sizes, columns.labels, strict=True):
-            found.setdefault(label, []).append((info, offset, size))
+            here = label if tar.labels is None or label == NO_LABEL else tar.labels[label]
+            found.setdefault(here, []).append((tar, offset, size))
     images, labels, small = [], [], eval_transform(side)
     for label in _spread_over(sorted(found), classes):
         order = np.random.default_rng(label + 1).permutation(len(found[label]))
-        for info, offset, size in (found[label][i] for i in order[:each]):
-            with _opened(shards, info) as fd:
+        for tar, offset, size in (found[label][i] for i in order[:each]):
+            with _opened(tar.shards, tar.info) as fd:
                 image = _decode(fd, offset, size)
             if image is not None:
                 images.append(small([image], NO_SEED)[0] if min(image.shape[1:]) > side else image)
