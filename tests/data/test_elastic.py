@@ -5,15 +5,31 @@ from __future__ import annotations
 import itertools
 import random
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from samples import config, shards
+import torch
+from samples import config, images, shards, source
 
 from vitlab.batch import Batch, View
-from vitlab.data import AugmentConfig, ReadPlan, Shards, ShardsConfig, order_of, train_batches
+from vitlab.data import (
+    AugmentConfig,
+    ReadPlan,
+    Shards,
+    ShardsConfig,
+    WriteOptions,
+    eval_batches,
+    order_of,
+    train_batches,
+    write_shards,
+)
+from vitlab.data.blend import blend, sets_of
+from vitlab.dist import World
 
 EPOCHS = 3
 AUGMENT = AugmentConfig(crop_scale=[0.5, 1.0], flip=True)
@@ -133,3 +149,36 @@ def test_what_is_compared_differs_where_it_should(made: Shards) -> None:
     for slot in itertools.chain(*whole):
         shown.setdefault(slot.key, set()).add(slot.pixels)
     assert np.mean([len(crops) for crops in shown.values()]) > 2
+
+
+@pytest.fixture(scope="module")
+def both(made: Shards, tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    """Twice as much of a set that is half as large, and has a class more, numbered before the others."""
+    pictures = source(images(40, seed=5), classes=4)
+    options = WriteOptions(shard_samples=9)
+    other = write_shards(
+        replace(pictures, classes=["new", "2", "1", "0"]), tmp_path_factory.mktemp("b") / "b", options
+    )
+    return blend([made, other], [1, 2])
+
+
+def test_a_blend_is_as_elastic(both: Shards) -> None:
+    settings = config(Path("both"))
+    check_elastic(both, settings, loaders=(0, 1))
+    check_schedules(both, settings, 8)
+
+
+def test_a_blend_names_sets_classes_in_common(both: Shards) -> None:
+    """An image has the class that its own shards name; in evaluation each comes once."""
+    assert both.classes == ["0", "1", "2", "new"]
+    for split in both.splits:
+        world = World(0, 1, torch.device("cpu"))
+        named = Counter(name for part in sets_of(both) for name in classes_of(part, split))
+        batches = list(eval_batches(both, config(Path("both")), split, 8, world))
+        assert Counter(both.classes[i] for b in batches for i in b.labels.tolist() if i >= 0) == named
+        assert sum(float(b.weight.sum()) for b in batches) == both.count(split) == named.total()
+
+
+def classes_of(part: Shards, split: str) -> Iterator[str]:
+    for tar in part.tars(split):
+        yield from (part.classes[label] for label in part.columns(tar.info).labels)
