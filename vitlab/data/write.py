@@ -34,18 +34,18 @@ from vitlab.data.index import (
     ShardInfo,
     Shards,
     columns_path,
-    describe,
     open_shards,
     save_index,
+    write_json,
 )
 from vitlab.data.journal import JOURNAL, Entry, begun
 from vitlab.data.opening import open_source
 from vitlab.data.packing import packed, pillow_at_work, side
 from vitlab.data.progress import Meter
-from vitlab.data.remote import exists, is_url, join, upload
+from vitlab.data.remote import exists, is_url, join, local_path, upload
 from vitlab.data.settings import ShardsConfig, WriteOptions, check_classes
 from vitlab.data.sources import Raw, Source, limited
-from vitlab.data.tars import NO_LABEL, Sample, index_tar, write_tar
+from vitlab.data.tars import NO_LABEL, Sample, examine, write_tar
 from vitlab.data.threads import in_order
 from vitlab.home import home, locked
 
@@ -70,9 +70,9 @@ def prepare(config: ShardsConfig, dest: Path) -> Shards:
     `dest` is written once. A source that has grown is seen again after the folder was deleted.
     """
     if config.path is not None:
-        shards = open_shards(config.path)
+        shards = open_shards(config.path, config.max_bad, config.remote)
     elif (dest / INDEX).is_file():
-        shards = open_shards(dest)
+        shards = open_shards(dest, config.max_bad)
     else:
         source = open_source(str(config.source), config.image_column, config.label_column)
         shards = write_shards(limited(source, config.limit), dest, config)
@@ -83,7 +83,7 @@ def prepare(config: ShardsConfig, dest: Path) -> Shards:
 def write_shards(source: Source, dest: Path | str, how: WriteOptions | None = None) -> Shards:
     """All samples of a source as shards in a new directory `dest`, or at a URL."""
     how, url = how or WriteOptions(), str(dest) if is_url(str(dest)) else None
-    place = home() / "uploads" / digest(url)[:16] if url else Path(dest).absolute()
+    place = home() / "uploads" / digest(url)[:16] if url else local_path(str(dest)).absolute()
     part = place.with_name(f"{place.name}.partial")
     _check_free(place, url)
     with _mine(part, str(dest)):
@@ -94,11 +94,11 @@ def write_shards(source: Source, dest: Path | str, how: WriteOptions | None = No
         shards = writer.finish()
         if url:
             shutil.rmtree(part)
-            return shards
+            return open_shards(url)
         _name(part, place)
         for file in (JOURNAL, LOCK):
             (place / file).unlink()
-    return replace(shards, path=Path(dest))
+    return replace(shards, path=local_path(str(dest)))
 
 
 def _check_free(place: Path, url: str | None) -> None:
@@ -241,19 +241,20 @@ class _Writer:
         tar = self.part / name
         try:
             write_tar(tar, samples)
-            columns, wrong = index_tar(tar)
-            info = describe(tar, columns)
+            found = examine(tar)
+            write_json(columns_path(tar), found.columns.plain())
         except OSError as error:
             raise UserError(
                 f"{tar}: cannot be written: {error.strerror}; make room and give the same command again: "
                 "what is done is kept"
             ) from error
-        assert not wrong, wrong
+        assert not found.bad, found.bad
+        info = ShardInfo(name, len(found.columns), found.bytes, found.sha256)
         if self.url:
             upload(tar, join(self.url, name))
             upload(columns_path(tar), join(self.url, columns_path(tar).name))
             tar.unlink()
-        self.journal.add(Entry(split, info, last, restart, max(columns.labels), bad))
+        self.journal.add(Entry(split, info, last, restart, max(found.columns.labels), bad))
 
     def _wait(self) -> None:
         if self.written is not None:
