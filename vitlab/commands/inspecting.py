@@ -5,17 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitlab.commands.counting import counting
 from vitlab.commands.figures import writable
 
 if TYPE_CHECKING:
     from vitlab.batch import Bad
     from vitlab.data.inspect import Verdict
+    from vitlab.data.progress import Meter
     from vitlab.data.statistics import Statistics
     from vitlab.face import Face
 
@@ -45,6 +46,18 @@ def check_flags(given: argparse.Namespace) -> None:
         writable(given.json)
 
 
+def _steps(meter: Meter) -> Callable[[int], None]:
+    """Counts so many more images, from any thread."""
+    lock = threading.Lock()
+
+    def step(more: int) -> None:
+        with lock:
+            for _ in range(more):
+                meter.add()
+
+    return step
+
+
 # ---------------------------------------------------------------- verify
 
 
@@ -52,13 +65,14 @@ def verify(given: argparse.Namespace) -> None:
     """Ends with exit code 1 if anything is bad."""
     from vitlab.config import UserError
     from vitlab.data.inspect import verify as look
+    from vitlab.data.progress import Meter
     from vitlab.face import Face, duration
 
     if not isinstance(given.dest, Path):
         raise UserError(f"{given.dest}: verify looks at folders of this machine; copy the shards into one")
     face, begin = Face(), time.monotonic()
-    with counting("verifying", _total(given.dest)) as step:
-        found = look(given.dest, decodes=not given.fast, step=step)
+    with Meter("verifying", "images", _total(given.dest)) as meter:
+        found = look(given.dest, decodes=not given.fast, step=_steps(meter))
     _show(face, found)
     if given.json is not None:
         _write_verdict(given.json, given.dest, found)
@@ -120,6 +134,7 @@ def _write_verdict(file: Path, path: Path, found: Verdict) -> None:
 
 def stats(given: argparse.Namespace) -> None:
     from vitlab.data import open_shards
+    from vitlab.data.progress import Meter
     from vitlab.data.statistics import LOOKED, statistics
     from vitlab.face import Face
 
@@ -128,8 +143,8 @@ def stats(given: argparse.Namespace) -> None:
     shards = open_shards(given.dest)
     most = None if given.all else LOOKED
     count = shards.count("train")
-    with counting("decoding", count if most is None else min(most, count)) as step:
-        found = statistics(shards, most, step)
+    with Meter("decoding", "images", count if most is None else min(most, count)) as meter:
+        found = statistics(shards, most, _steps(meter))
     _tables(face, found)
     _sentences(face, found)
     if given.json is not None:
