@@ -37,8 +37,8 @@ def server() -> Iterator[Server]:
         yield server
 
 
-def made(server: Server, folder: Path, tars: int = 100, retries: int = 1) -> Cache:
-    return Cache(server.url, folder / "cache", tars * SIZE, Patience(retries, 0.3, 0.05))
+def made(server: Server, folder: Path, tars: int = 100) -> Cache:
+    return Cache(server.url, folder / "cache", tars * SIZE, Patience(1, 5, 0.05))
 
 
 def until(what: Callable[[], object]) -> None:
@@ -170,7 +170,6 @@ def test_only_so_many_steps_are_walked(server: Server, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["close", "forget"])
 def test_the_threads_end_with_their_owner(server: Server, tmp_path: Path, how: str) -> None:
-    server.rule = lambda number, name: "well" if name < INFOS[2].file else "stuck"
     until(lambda: threads() == 0)
     front: Ahead | None = Ahead(made(server, tmp_path), EACH, depth=2)
     assert threads() == 3
