@@ -31,6 +31,10 @@ MAGIC, MAGIC_AT, SUM_AT = b"ustar", 257, 148
 # A checksum as nearly all programs write it. The text comes first, so that the search is a fast one.
 SUM = re.compile(rb"\0 (?<=[0-7 ]{6}\0 )")
 LOW = bytes(range(128))
+# Without magic: a name, then numbers for mode, owner, group, size and date, none of them left out.
+V7 = re.compile(rb"[^\0].{99}(?: *[0-7]+[ \0]+){3}(?:[ 0-7]{11}[ \0]|\x80.{11})[ 0-7]{11}[ \0]", re.DOTALL)
+# What a name's field looks like where a header is looked for, and not just expected.
+NAME = re.compile(rb"[^\0]+\0*")
 OCTAL = re.compile(rb"[ \0]*([0-7]*)[ \0]*")
 RECORD = re.compile(rb"([0-9]{1,9}) ([^=\n]+)=")
 ARCHIVES = (b".tar", b".zip")
@@ -98,8 +102,9 @@ def parse(block: bytes) -> Header | None:
     if len(block) < BLOCK:
         return None
     name, magic = block[:100].split(b"\0", 1)[0], block[MAGIC_AT : MAGIC_AT + 6]
-    if not magic.startswith(MAGIC) and (not name or magic.strip(b"\0")):
-        return None  # v7 has zeros there; without this a header that has moved by a byte may pass for one
+    old = not magic.startswith(MAGIC)
+    if old and (magic.strip(b"\0") or not (V7.match(block) or block[156:157] == b"V")):
+        return None  # a sum alone may be right by chance, as in a header that has moved by a byte
     given = _number(block[SUM_AT : SUM_AT + 8])
     if not given:
         return None
@@ -108,7 +113,7 @@ def parse(block: bytes) -> Header | None:
     total = (zlib.adler32(rest) & 0xFFFF) + (zlib.adler32(block[256:]) & 0xFFFF) - 2
     high = len((rest + block[256:]).translate(None, LOW))
     size, kind = _number(block[124:136]), block[156:157]
-    if size is None or given not in (total, total - 256 * high):  # the second sums signed bytes, as of old
+    if size is None or given not in (total, total if old else total - 256 * high):  # a sum of signed bytes
         return None
     if magic == b"ustar\0":  # GNU has no prefix, but dates in its place
         prefix = block[345:500].split(b"\0", 1)[0]
@@ -154,7 +159,8 @@ def _headers(window: bytes) -> list[int]:
         found.add(at - MAGIC_AT)
         at = window.find(MAGIC, at + 1)
     last = len(window) - BLOCK
-    return sorted(p for p in found if 0 <= p <= last and parse(window[p : p + BLOCK]) is not None)
+    blocks = ((p, window[p : p + BLOCK]) for p in sorted(found) if 0 <= p <= last)
+    return [p for p, block in blocks if NAME.fullmatch(block, 0, 100) and parse(block) is not None]
 
 
 def walk(read: Read, swept: Swept) -> Iterator[Member | Damage]:
