@@ -423,6 +423,17 @@ def test_tars_that_are_split_stay_split(tmp_path: Path) -> None:
     assert [other.count(split) for split in other.splits] == [first.count(s) for s in first.splits]
 
 
+def test_tars_without_labels_stay_without(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    raw_tar(tmp_path / "in" / "x.tar", [(f"{i}.png", png(x)) for i, x in enumerate(images(6))])
+    made = write_shards(open_source(f"tars:{tmp_path / 'in'}"), tmp_path / "s", TRAIN)
+    assert ([label for _, _, label in stored(made, "train")], made.classes, made.bad) == ([-1] * 6, [], [])
+    raw_tar(tmp_path / "in" / "y.tar", [("a.png", png(images(1)[0])), ("a.cls", b"1")])
+    found = open_source(f"tars:{tmp_path / 'in'}")
+    with pytest.raises(UserError, match=r"at least 4 of 7 images cannot become samples \(4 no_label\)"):
+        write_shards(found, tmp_path / "t", TRAIN.model_copy(update={"max_bad": 0.5}))
+
+
 def test_tars_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such directory"):
         open_source(f"tars:{tmp_path / 'none'}")

@@ -79,8 +79,8 @@ def write_tar(path: Path, samples: Iterable[Sample]) -> None:
         with part.open("wb") as file:
             with TarWriter(file, user="vitlab", group="vitlab", mode=0o444, mtime=0, encoder=False) as tar:
                 for sample in samples:
-                    label = str(sample.label).encode()
-                    tar.write({"__key__": sample.key, sample.extension: sample.data, LABEL: label})
+                    label = {LABEL: str(sample.label).encode()} if sample.label != NO_LABEL else {}
+                    tar.write({"__key__": sample.key, sample.extension: sample.data, **label})
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)

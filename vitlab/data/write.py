@@ -201,16 +201,16 @@ class _Writer:
             self.fresh.append((position, bad))
             self.bad[position] = bad
         if self.source.total is not None:
-            self._check_bad(self.source.total)
+            self._check_bad(self.source.total, "at least ")
 
-    def _check_bad(self, total: int) -> None:
+    def _check_bad(self, total: int, some: str = "") -> None:
         """A flood ends the work at once; what is done stays, for a higher bound goes on from there."""
         bad = [*self.source.bad, *(self.bad[position] for position in sorted(self.bad))]
         total += len(self.source.bad)
         if len(bad) > self.how.max_bad * total:
             kinds = ", ".join(f"{n} {kind}" for kind, n in counts(bad).items())
             raise UserError(
-                f"{self.source.name}: {len(bad)} of {total} images cannot become samples ({kinds}), "
+                f"{self.source.name}: {some}{len(bad)} of {total} images cannot become samples ({kinds}), "
                 f"max_bad allows {self.how.max_bad:.2%}; the first: {bad[0].key}: {bad[0].reason}; "
                 "mend or remove them, or raise max_bad"
             )
