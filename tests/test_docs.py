@@ -17,6 +17,7 @@ from pydantic_core import to_jsonable_python
 from vitlab.compare import trials
 from vitlab.config import build, resolved
 from vitlab.data import AugmentConfig, RandAugmentConfig, ShardsConfig
+from vitlab.data.settings import RemoteConfig, SetConfig
 from vitlab.engine.launch import ClusterConfig
 from vitlab.engine.optim import OptimConfig
 from vitlab.evaluation import EvaluateConfig, ProbeConfig
@@ -57,6 +58,8 @@ DOCUMENTS = [
 SECTIONS: dict[str, type[BaseModel]] = {
     "The file": Experiment,
     "`data`": ShardsConfig,
+    "A set of `data.sets`": SetConfig,
+    "`data.remote`": RemoteConfig,
     "`cluster`": ClusterConfig,
     "`tracking`": TrackingConfig,
     "`adopt`": AdoptConfig,
@@ -125,7 +128,7 @@ def test_the_content_key_is_documented(title: str) -> None:
     for name, (_, said) in rows(title).items():
         extra = schema.model_fields[name].json_schema_extra
         free = isinstance(extra, dict) and bool(extra.get("free"))
-        if schema is ShardsConfig:
+        if schema in (ShardsConfig, SetConfig):
             expected = "no" if free or name == "num_classes" else "yes" if name in SEEN else "data"
             assert said == expected, name
         elif schema is Experiment:

@@ -83,7 +83,7 @@ class ShardsConfig(Origin, WriteOptions):
     """The images: where they come from, how they are split, in which shape models see them."""
 
     sets: list[SetConfig] = Field(default=[])  # several origins instead of one; other keys hold for all
-    remote: RemoteConfig = RemoteConfig()
+    remote: RemoteConfig = free(RemoteConfig())
     image_size: int = Field(ge=1)  # the side in pixels that models see
     channels: Literal[1, 3] = 3
     num_classes: int | None = Field(default=None, ge=1)  # checked against the shards
