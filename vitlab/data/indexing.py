@@ -103,13 +103,12 @@ class _Reading:
 
 
 def _watch(futures: list[Future[Examined]], reading: _Reading) -> None:
-    waiting = True
-    while waiting:
-        done, left = wait(futures, LOOK, FIRST_EXCEPTION)
-        for future in done:
-            future.result()  # raises what it has met
+    while not all(future.done() for future in futures):
+        wait(futures, LOOK, FIRST_EXCEPTION)
+        for future in futures:
+            if future.done():
+                future.result()  # raises what it has met
         reading.show()
-        waiting = bool(left)
 
 
 @contextmanager
