@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from vitlab.batch import Bad, Batch
@@ -21,9 +21,12 @@ from vitlab.jobs.place import Place
 class Ledger:
     """What could not be read so far, by split; each sample once."""
 
-    def __init__(self, place: Place, shards: Shards, world: World) -> None:
-        self.place, self.shards, self.world = place, shards, world
+    def __init__(
+        self, place: Place, shards: Shards, world: World, note: Callable[[str], None] | None = None
+    ) -> None:
+        self.place, self.shards, self.world, self.note = place, shards, world, note
         self.met: dict[str, dict[tuple[str, str], Bad]] = {}
+        self.told = 0
 
     def watch(self, batches: Iterable[Batch], split: str) -> Iterator[Batch]:
         """Passes the batches on and keeps what is bad in them."""
@@ -41,8 +44,17 @@ class Ledger:
                 self.met.setdefault(split, {}).update(met)
         for split in self.met:
             self._check(split)
+        self._tell()
         bad = self.all()
         return {"data/bad": float(len(bad))} | {f"data/bad/{k}": float(n) for k, n in counts(bad).items()}
+
+    def _tell(self) -> None:
+        """A line for the person when there are more than before."""
+        met = [one for some in self.met.values() for one in some.values()]
+        if len(met) > self.told and self.world.first and self.note:
+            kinds = ", ".join(f"{n} {kind}" for kind, n in counts(met).items())
+            self.note(f"{len(met)} samples cannot be read and are passed over: {kinds}; data/bad_samples.csv")
+        self.told = len(met)
 
     def all(self) -> list[Bad]:
         """Those of the index and those met, by shard and key."""

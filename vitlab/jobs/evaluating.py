@@ -57,7 +57,7 @@ def run_evaluation(job: EvaluateJob, world: World, post: Post) -> dict[str, Any]
     model = (
         Autocast(loaded.model, half(world.device, job.config.precision), world.device).to(world.device).eval()
     )
-    ledger = Ledger(job.place, shards, world)
+    ledger = Ledger(job.place, shards, world, lambda text: post("note", text))
     ways, judge = ways_for(job, loaded.model), Judge(job, shards, world, ledger)
     if job.config.attention:
         layers_of(model, loaded.model)  # a model without attention is refused before any work

@@ -77,9 +77,10 @@ def run_training(job: TrainJob, world: World, post: Post) -> dict[str, Any]:
         loaders=job.place.loaders,
         augment=config.augment,
     )
-    fence, ledger = Fence(job.checkpoints), Ledger(job.place, shards, world)
+    fence = Fence(job.checkpoints)
     may_write = partial(fence.holds, job.token)
     recorder = Recorder(job.place, post, may_write) if world.first else Silent()
+    ledger = Ledger(job.place, shards, world, recorder.note)
     plan = Plan(
         config=config,
         steps_per_epoch=order_of(shards, job.place.data, read).steps,
