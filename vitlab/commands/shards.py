@@ -51,9 +51,9 @@ def _add_writing(group: Any) -> None:
 
 
 def _place(text: str) -> Path | str:
-    from vitlab.data.remote import is_url
+    from vitlab.data.remote import is_url, local_path
 
-    return text if is_url(text) else Path(text)
+    return text if is_url(text) else local_path(text)
 
 
 def _size(text: str) -> int:
