@@ -187,12 +187,13 @@ def test_layouts_of_hugging_face() -> None:
     for i in range(3):
         members += [(f"train/{i}.jpg", jpeg(i)), (f"train/{i}.txt", b"a cat"), (f"train/{i}.cls", b" 1\n")]
     data = pack(members)
-    wanted = {f"n0_{i}": jpeg(i) for i in range(3)} | {f"train/{i}": jpeg(i) for i in range(3)}
     got = found(data)
-    assert by_key(got) == {"n0_0": 0, "n0_1": 1, "n0_2": 2, "train/0": 1, "train/1": 1, "train/2": 1}
-    assert named(got) == [("no_image", "README")]
-    assert {k: data[o : o + s] for k, o, s in zip(got.columns.keys, got.columns.offsets, got.columns.sizes,
-                                                  strict=True)} == wanted  # fmt: skip
+    assert whole(
+        got, data, {f"n0_{i}": jpeg(i) for i in range(3)} | {f"train/{i}": jpeg(i) for i in range(3)}
+    )
+    assert got.columns.labels == [0, 1, 2, 1, 1, 1]
+    lost = found(pack([*members, ("n0_3.json", b"{}"), ("LICENSE.md", b"free")]))
+    assert named(lost) == [("no_image", "n0_3")]  # samples have a json, but no md
 
 
 def test_tars_laid_end_to_end() -> None:
@@ -208,7 +209,7 @@ def test_tars_within_a_tar() -> None:
     data = pack([*files(2), ("x.tar", pack(files(2, 7))), ("x.zip", pack(files(1, 5))), *files(1, 2)])
     got = found(data)
     assert by_key(got) == labels(3)
-    assert named(got) == [("no_image", "x")]
+    assert not got.bad
 
 
 # ---------------------------------------------------------------- headers

@@ -149,6 +149,8 @@ class _Found:
         self.key: str | None = None
         self.group: dict[str, Member] = {}
         self.labelled = False
+        self.without: list[tuple[int, str, list[str]]] = []  # place, key, extensions: no image
+        self.beside = {LABEL}  # extensions that samples have
 
     def add(self, item: Member | Damage) -> None:
         name = text(item.name) if item.name is not None else None
@@ -200,10 +202,9 @@ class _Found:
                     "duplicate_key", place, key, f"byte {place}: the key comes again, without an image"
                 )
             elif key not in self.torn:
-                have = shown(", ".join(group))
-                reason = f"byte {place}: no image, only {have}; allowed: {', '.join(IMAGES)}"
-                self._name("no_image", place, key, reason)
+                self.without.append((place, key, list(group)))
             return
+        self.beside.update(group)
         row = self._row(key, group, extension)
         if before is None or (before.label == NO_LABEL != row.label):
             self.rows.pop(key, None)  # so that the rows stay in the order of the file
@@ -229,6 +230,11 @@ class _Found:
 
     def finish(self) -> None:
         self._close()
+        for place, key, have in self.without:
+            if self.beside.intersection(have):  # anything else, as a README.md, is no part of a sample
+                found = shown(", ".join(have))
+                reason = f"byte {place}: no image, only {found}; allowed: {', '.join(IMAGES)}"
+                self._name("no_image", place, key, reason)
         for key, row in self.rows.items():
             if self.labelled and not row.has_label and key not in self.torn:
                 self._name(
