@@ -17,7 +17,10 @@ from torchvision.transforms.v2 import functional as F
 from vitlab.batch import View, uniform
 from vitlab.config import UserError, build
 from vitlab.data import AugmentConfig, eval_transform, train_batches, train_transform
+from vitlab.data import augment as augment_module
+from vitlab.data.augment import resampled
 from vitlab.data.colours import jitter, to_tensor
+from vitlab.data.decode import Box, Region
 from vitlab.data.recipes import PRESETS
 
 FULL = AugmentConfig(crop_scale=[0.5, 1.0], pad=1, flip=True, rotate=20, zoom=0.1)
@@ -106,6 +109,47 @@ def test_eval_takes_the_centre() -> None:
     wide[..., 4:12] = 100
     assert (eval_transform(4)([wide], SEEDS[:1]) > 80).all()
     assert eval_transform(16)([wide], SEEDS[:1]).shape == (1, 1, 16, 16)
+
+
+@pytest.mark.parametrize("size", [4, 7, 16, 40])
+def test_fitting_is_torchvision_s(size: int) -> None:
+    for height, width in ((20, 31), (31, 20), (16, 16), (5, 90), (33, 34), (1, 3)):
+        given = photo(3, 90)[:, :height, :width]
+        scaled = F.resize(given, [size], antialias=True)
+        assert torch.equal(eval_transform(size)([given], SEEDS[:1])[0], F.center_crop(scaled, [size, size]))
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("how", ["bilinear", "bicubic"])
+def test_resampling_is_torchvision_s(
+    how: str, channels: int, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit by bit, whether colours lie side by side or in planes, for parts and for all of an image."""
+    monkeypatch.setattr(augment_module, "_native", lambda: native)
+    planes = photo(channels, 60)
+    side_by_side = planes.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    for top, left, h, w, rows, columns in ((3, 5, 41, 50, 16, 24), (0, 0, 60, 60, 9, 70), (9, 2, 1, 3, 8, 8)):
+        box = Box(top, left, h, w, rows, columns)
+        theirs = F.resized_crop(planes, *box[:4], [rows, columns], F.InterpolationMode(how), antialias=True)
+        for image in (planes, side_by_side):
+            assert torch.equal(resampled(Region(image), box, how), theirs)
+        moved = Region(side_by_side[:, top:, left:], top, left)
+        assert torch.equal(resampled(moved, box, how), theirs)
+
+
+def test_boxes_follow_from_sizes_and_numbers_alone() -> None:
+    """As torchvision's RandomResizedCrop has them, and drawn before there is an image."""
+    transform = train_transform(build(AugmentConfig, {"crop_scale": [0.2, 0.2]}), View("a", 32))
+    drawn = [transform.box(300, 400, u) for u in transform.numbers(SEEDS)]
+    areas = torch.tensor([box.height * box.width / 120_000 for box in drawn])
+    ratios = torch.tensor([box.width / box.height for box in drawn])
+    assert (areas - 0.2).abs().max() < 0.002
+    assert 0.74 < ratios.min() < 0.8
+    assert 1.25 < ratios.max() < 1.34
+    assert all(0 <= box.top <= 300 - box.height and 0 <= box.left <= 400 - box.width for box in drawn)
+    assert {box[4:] for box in drawn} == {(32, 32)}
+    assert eval_transform(32).box(300, 400, []) == (0, 0, 300, 400, 32, 42)
 
 
 @pytest.mark.parametrize(

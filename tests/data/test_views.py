@@ -113,7 +113,7 @@ def test_large_photos_are_decoded_small_and_look_the_same(keys: dict[str, Any]) 
 def test_scaled_decoding_takes_the_time_of_less(monkeypatch: pytest.MonkeyPatch) -> None:
     held = []
     module = sys.modules["vitlab.data.decode"]
-    decode = module.simplejpeg.decode_jpeg  # type: ignore[attr-defined]
+    decode = module.simplejpeg.decode_jpeg
 
     def counted(*given: Any, **more: Any) -> np.ndarray:
         pixels: np.ndarray = decode(*given, **more)

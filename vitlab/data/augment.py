@@ -7,8 +7,9 @@ next to nothing. A purpose has numbers of its own (`augment/VIEW`, `augment/VIEW
 switched off changes nothing of the rest.
 
 Order, as in DINO's, MSN's and timm's code: crop, shift, flip, turn, RandAugment, colours, blur, solarisation,
-erasing. Geometry is torchvision's (`transforms.v2.functional`) on uint8 tensors C H W; colours are Pillow's,
-as in those codes.
+erasing. Geometry has the same bits as torchvision's (`transforms.v2.functional`) on uint8 tensors C H W;
+colours are Pillow's, as in those codes. What a view shows of an image follows from the image's size and the
+numbers alone, so it is known before the image is decoded (`vitlab/data/views.py`).
 
 Departures: a crop is drawn once and cut to the image, where torchvision draws up to ten times until one fits;
 so is an erased rectangle, for which timm does.
@@ -62,16 +63,16 @@ class Transform:
     scale: float = 1.0  # a pixel of images of 224, in pixels of the views
 
     def __call__(self, images: Sequence[Tensor], seeds: Tensor) -> Tensor:
-        views = self.black(len(images), images[0].shape[0])
+        views = self.room(len(images), images[0].shape[0])
         for image, u, view in zip(images, self.numbers(seeds), views, strict=True):
             height, width = image.shape[-2:]
             self.show(Region(image), self.box(height, width, u), u, view)
         self.paint(views, seeds)
         return views
 
-    def black(self, count: int, channels: int) -> Tensor:
-        """So many views with nothing in them, to be filled."""
-        return torch.zeros((count, channels, self.size, self.size), dtype=torch.uint8)
+    def room(self, count: int, channels: int) -> Tensor:
+        """B C H W, for so many views; what is in it is not defined yet."""
+        return torch.empty((count, channels, self.size, self.size), dtype=torch.uint8)
 
     def numbers(self, seeds: Tensor) -> list[list[float]]:
         """Each sample's own, for all that is done to the shape of its image."""
@@ -111,7 +112,7 @@ def train_transform(config: AugmentConfig, view: View, largest: int = 0) -> Tran
     `largest`: the side of the method's largest view, which this one shows parts of.
     """
     name, scale = f"augment/{view.draws or view.name}", max(largest, view.size) / FULL_SIDE
-    return Transform(config.for_view(view), view.size, name, scale)
+    return Transform(config.for_loader(view), view.size, name, scale)
 
 
 def eval_transform(size: int) -> Transform:
@@ -151,7 +152,11 @@ def resampled(region: Region, box: Box, interpolation: str) -> Tensor:
         return part
     if not _native():
         return _by_torchvision(part, box, interpolation)
-    batch = part.permute(1, 2, 0).contiguous()[None].permute(0, 3, 1, 2)  # so torch takes 2/3 of the time
+    batch = part[None]
+    if part.stride(0) == 1:  # as decoders write colours: contiguous, this takes torch 2/3 of the time
+        batch = torch.from_numpy(np.ascontiguousarray(part.permute(1, 2, 0).numpy()))[None].permute(
+            0, 3, 1, 2
+        )
     out: Tensor = OPERATIONS[interpolation](batch, [box.rows, box.columns], False)[0]
     return out
 

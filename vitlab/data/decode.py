@@ -26,11 +26,12 @@ Letters: C channels, H W image.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import io
 import struct
 import threading
 import warnings
-from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,6 +47,7 @@ MARGIN = 2.0  # pixels of a scaled crop for each of the view's, along a side
 SCALES = (8, 4, 2)
 MAX_PIXELS = 100_000_000
 MODES = {1: "L", 3: "RGB"}
+PLUGINS = {"JPEG": "Jpeg", "WEBP": "WebP"}  # of Pillow, where it writes its formats' names otherwise
 SPACES = {1: "GRAY", 3: "RGB"}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # Pillow's names; PGM is a PPM
 
@@ -187,13 +189,13 @@ class _Quiet:
     """
 
     def __init__(self) -> None:
-        self.lock, self.inside, self.undo = threading.Lock(), 0, ExitStack()
+        self.lock, self.inside = threading.Lock(), 0
 
     def __enter__(self) -> None:
         with self.lock:
             if not self.inside:
-                self.undo.callback(setattr, Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
-                self.undo.enter_context(warnings.catch_warnings())
+                self.bound, self.warnings = Image.MAX_IMAGE_PIXELS, warnings.catch_warnings()
+                self.warnings.__enter__()
                 warnings.simplefilter("ignore")
                 Image.MAX_IMAGE_PIXELS = None
             self.inside += 1
@@ -202,7 +204,8 @@ class _Quiet:
         with self.lock:
             self.inside -= 1
             if not self.inside:
-                self.undo.close()
+                self.warnings.__exit__(None, None, None)
+                Image.MAX_IMAGE_PIXELS = self.bound
 
 
 _quiet = _Quiet()
@@ -218,7 +221,8 @@ def _by_pillow(data: bytes, channels: int, max_pixels: int) -> Tensor:
             image.load()
             if any(mark in data for mark in _TURNED):
                 image = _upright(image)
-            pixels = np.array(_eight_bits(image).convert(MODES[channels]))
+            image = _eight_bits(image)
+            pixels = np.array(image if image.mode == MODES[channels] else image.convert(MODES[channels]))
         except BadInputError:
             raise
         except Exception as error:
@@ -230,9 +234,15 @@ def _by_pillow(data: bytes, channels: int, max_pixels: int) -> Tensor:
 _MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"BM", b"GIF8", b"II*\0", b"MM\0*")
 
 
-def _opened(data: bytes) -> Image.Image:
-    from PIL import TiffImagePlugin, WebPImagePlugin  # noqa: F401  (they tell Pillow of themselves)
+@functools.cache
+def _learn_formats() -> None:
+    """Without its own search for plugins, which loads dozens of them."""
+    for name in FORMATS:
+        importlib.import_module(f"PIL.{PLUGINS.get(name, name.title())}ImagePlugin")
 
+
+def _opened(data: bytes) -> Image.Image:
+    _learn_formats()
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:

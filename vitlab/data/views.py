@@ -27,7 +27,7 @@ def make_views(
     max_pixels: int = MAX_PIXELS,
 ) -> tuple[list[Tensor], list[BadInputError | None]]:
     """B files and their seeds → for each transform uint8 B C H W, and what was wrong with each file."""
-    views = [transform.black(len(files), channels) for transform in transforms]
+    views = [transform.room(len(files), channels) for transform in transforms]
     numbers = [transform.numbers(seeds) for transform in transforms]
     bad: list[BadInputError | None] = [None] * len(files)
     for i, data in enumerate(files):
@@ -50,5 +50,5 @@ def make_views(
     empty = [i for i, data in enumerate(files) if data is None or bad[i] is not None]
     for transform, view in zip(transforms, views, strict=True):
         transform.paint(view, seeds)
-        view[empty] = 0  # colours and noise were drawn for them too
+        view[empty] = 0  # after the painting, which does not know them
     return views, bad
