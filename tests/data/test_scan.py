@@ -81,6 +81,14 @@ def test_compressed_tars_are_refused(tmp_path: Path, pack_it: object) -> None:
     assert os.listdir(tmp_path) == ["x.tar"]
 
 
+def test_a_folder_of_compressed_tars_says_so(tmp_path: Path) -> None:
+    (tmp_path / "x.tar.gz").write_bytes(gzip.compress(pack(files(3))))
+    with pytest.raises(
+        UserError, match=r"no \.tar file in it, only compressed ones such as x\.tar\.gz; unpack"
+    ):
+        index_existing(tmp_path)
+
+
 def test_zstd_is_told_by_its_first_bytes() -> None:
     with pytest.raises(UserError, match="compressed with zstd"):
         found(b"\x28\xb5\x2f\xfd" + bytes(100))

@@ -22,6 +22,7 @@ from vitlab.data.index import INDEX, SPLITS, ShardInfo, Shards, columns_path, sa
 from vitlab.data.tars import NO_LABEL, Examined, examine, shown
 
 PREFIXES = {"train": "train", "val": "val", "held_out": "held_out", "test": "held_out"}
+PACKED = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 AT_A_TIME = 8  # tars; more would only make one disk seek
 MOST_CLASSES = 100_000  # without names, a higher number is rather a wrong label than a class
 SHOW_AFTER = 2.0  # seconds until a progress line appears
@@ -41,6 +42,11 @@ def index_existing(path: Path, classes: Sequence[str] | None = None, max_bad: fl
     listed = sorted(path.glob("*.tar"))
     tars = [tar for tar in listed if tar.is_file()]
     if not tars:
+        packed = sorted(file.name for file in path.iterdir() if file.name.lower().endswith(PACKED))
+        if packed:
+            raise UserError(
+                f"{path}: no .tar file in it, only compressed ones such as {packed[0]}; unpack them first"
+            )
         raise UserError(f"{path}: no .tar file in it; write shards with `vitlab shards SOURCE DEST`")
     found = _examine_all(tars)
     names = _class_names(path, found, classes)
