@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, model_validator
 
 from vitlab.config import Config, UserError, build, free, load, resolved
-from vitlab.data import Origin, Shards, ShardsConfig, absolute, is_url, local_path
+from vitlab.data import Origin, Shards, ShardsConfig, absolute, is_url, local_path, training_order
 from vitlab.engine.launch import ClusterConfig
 from vitlab.evaluation import EvaluateConfig
 from vitlab.evaluation.attention import layers_of
@@ -217,7 +217,7 @@ def _tune_problems(tune: TuneConfig, experiment: Experiment) -> Iterator[str]:
     for key, span in tune.space.items():
         if not span:
             yield f"tune.space: {key}: given []; name at least one value"
-    if data.source is not None and not data.val:
+    if not data.val and all(part.source is not None for part in data.parts()):
         yield f"tune.metric: given {tune.metric!r}, but data.val=0 leaves no images for it; allowed: above 0"
     yield from _worker_problems("tune.workers", tune.workers, data)
     try:
@@ -305,6 +305,11 @@ def _unfit(name: str, stage: TrainConfig, data: ShardsConfig, shards: Shards) ->
         most = images // streams * streams
         allowed = f"multiples of data.streams={streams} up to {most}" if most else "none, lower data.streams"
         yield f"{name}.batch_size: given {batch}; the shards have {images} train images; allowed: {allowed}"
+    elif data.sets:
+        try:
+            training_order(shards, streams, batch, 0, data.window)
+        except UserError as error:
+            yield f"{name}: {error}"
     if not METHODS[stage.method.name].headless:
         yield from _other_classes(name, stage.model, shards)
 

@@ -28,6 +28,7 @@ from vitlab.face import Face, Line, Row
 from vitlab.home import git_sha, home
 from vitlab.jobs import EvaluateJob, Place, TrainJob, forget, work
 from vitlab.jobs.adopting import AdoptJob, locate, run_adoption
+from vitlab.jobs.looking import log_data
 from vitlab.jobs.naming import ended, figured, title
 from vitlab.sections import AdoptConfig, TrainConfig
 from vitlab.tracking import Store
@@ -127,9 +128,8 @@ class Run:
         if config == self.experiment.data:
             check_shards(self.experiment, shards, evaluates=self.pipeline != "notebook")
             self.images = shards
-        counts = ", ".join(f"{shards.count(split)} {split}" for split in shards.splits)
-        self.face.print(f"  data: {counts} images of {len(shards.classes)} classes in {shards.where}")
-        self.store.tag(self.run_id, {"vitlab.data_digest": shards.digest})
+        self.face.print(f"  data: {shards.counted} images of {len(shards.classes)} classes in {shards.where}")
+        log_data(self.store, self.run_id, shards, self.home / "pictures")
         return shards
 
     def adopt(self, config: AdoptConfig, *, data: Shards, label: str = "adopt") -> Artifact:

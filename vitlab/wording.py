@@ -191,8 +191,9 @@ def nearest(given: str, allowed: Iterable[str]) -> str:
 
 
 def without_password(text: str) -> str:
-    """`http://user:secret@host` → `http://host`, wherever it stands in a text."""
-    return re.sub(r"(?<=://)[^/\s\"']*@", "", text)
+    """`https://user:secret@host/file?signature=…` → `https://host/file`, wherever it stands in a text."""
+    text = re.sub(r"(?<=://)[^/\s\"']*@", "", text)
+    return re.sub(r"(://[^\s\"'?#]*)\?[^\s\"']*", r"\1", text)
 
 
 def show(value: Any) -> str:

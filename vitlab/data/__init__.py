@@ -2,7 +2,7 @@
 
 from vitlab.data.augment import eval_transform, train_transform
 from vitlab.data.bad import check_bound, counts
-from vitlab.data.blend import addresses, blend, open_sets
+from vitlab.data.blend import addresses, blend, open_sets, sets_of, training_order
 from vitlab.data.decode import decode
 from vitlab.data.hugging_face import hugging_face
 from vitlab.data.index import ShardInfo, Shards, open_shards
@@ -17,6 +17,7 @@ from vitlab.data.recipes import AugmentConfig, RandAugmentConfig, ViewRecipe
 from vitlab.data.remote import is_url, local_path
 from vitlab.data.settings import Origin, ShardsConfig, WriteOptions, check_classes, normalisation
 from vitlab.data.sources import Raw, Source, digits, folder, limited
+from vitlab.data.statistics import examples
 from vitlab.data.tars import Sample
 from vitlab.data.write import write_shards
 
@@ -48,6 +49,7 @@ __all__ = [
     "eval_batches",
     "eval_transform",
     "exact",
+    "examples",
     "folder",
     "hugging_face",
     "index_existing",
@@ -61,7 +63,9 @@ __all__ = [
     "open_source",
     "order_of",
     "prepare",
+    "sets_of",
     "train_batches",
     "train_transform",
+    "training_order",
     "write_shards",
 ]

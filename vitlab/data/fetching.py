@@ -32,6 +32,7 @@ class Reach(NamedTuple):
     streams: int  # that this worker serves
     workers: int  # that may share the cache
     window: int = 0  # how far a stream mixes
+    early: int = 0  # requests that loader processes take before their batches are read
 
 
 def fetched_ahead(requests: Callable[[], Iterator[Micro]], shards: Shards, reach: Reach) -> Iterator[Micro]:
@@ -42,22 +43,24 @@ def fetched_ahead(requests: Callable[[], Iterator[Micro]], shards: Shards, reach
         return requests()
     for home in homes.values():
         _check_room(home, reach)
-    return _told(requests, [_begin(requests(), tars, home, reach) for home in homes.values()])
+    share = 1 / (reach.workers * len(homes))  # of the cache
+    fetchers = [_begin(requests(), tars, home, reach, share) for home in homes.values()]
+    return _told(requests(), fetchers, reach.early)
 
 
-def _told(requests: Callable[[], Iterator[Micro]], fetchers: Sequence[Ahead]) -> Iterator[Micro]:
-    for number, micro in enumerate(requests()):
+def _told(requests: Iterator[Micro], fetchers: Sequence[Ahead], early: int) -> Iterator[Micro]:
+    for number, micro in enumerate(requests):
         for fetcher in fetchers:
-            fetcher.reach(number)
+            fetcher.reach(max(0, number - early))
         yield micro
 
 
-def _begin(requests: Iterator[Micro], tars: Sequence[Tar], home: Shards, reach: Reach) -> Ahead:
+def _begin(requests: Iterator[Micro], tars: Sequence[Tar], home: Shards, reach: Reach, share: float) -> Ahead:
     infos = home.split(reach.split)
     mean = sum(info.count for info in infos) / len(infos)
     near = reach.streams * (1 + math.ceil(reach.window / max(mean, 1)))  # a stream mixes these at a time
     assert home.cache is not None
-    most = home.cache.most_bytes // reach.workers
+    most = int(home.cache.most_bytes * share)
     return Ahead(home.cache, _shards_of(requests, tars, home), depth=near + reach.ahead, most_bytes=most)
 
 

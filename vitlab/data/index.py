@@ -77,6 +77,10 @@ class Shards:
     def count(self, name: str) -> int:
         return sum(info.count for info in self.splits.get(name, []))
 
+    @property
+    def counted(self) -> str:
+        return ", ".join(f"{self.count(split)} {split}" for split in self.splits)
+
     def tars(self, split: str) -> list[Tar]:
         """Every tar of a split, with what reading it takes."""
         return [Tar(self, info) for info in self.split(split)]

@@ -18,7 +18,7 @@ from vitlab.config import UserError
 from vitlab.data.blend import training_order
 from vitlab.data.fetching import Micro, Reach, fetched_ahead
 from vitlab.data.index import Shards
-from vitlab.data.loading import Micros, Recipe, Shape, load
+from vitlab.data.loading import AHEAD, Micros, Recipe, Shape, load
 from vitlab.data.order import Streams, exact
 from vitlab.data.recipes import AugmentConfig
 from vitlab.data.settings import ShardsConfig, check_classes
@@ -68,7 +68,8 @@ def train_batches(
     requests = partial(_train_requests, shards, config, plan, start_step)
     requests()  # refuses what does not fit before anything is read
     served = config.streams // plan.workers
-    reach = Reach("train", config.remote.ahead, served, plan.workers, config.window)
+    early = plan.loaders * AHEAD
+    reach = Reach("train", config.remote.ahead, served, plan.workers, config.window, early)
     wanted = fetched_ahead(requests, shards, reach)
     return load(Micros(shards, "train", _shape(config), plan.seed, recipes), wanted, plan.loaders)
 
@@ -108,7 +109,7 @@ def eval_batches(
     slots = exact(len(picked), batch, world.size, world.rank)
     table = np.where(slots < 0, -1, picked[slots])
     recipes = [Recipe(View("eval", config.image_size), None)]
-    reach = Reach(split, config.remote.ahead, 1, world.size)
+    reach = Reach(split, config.remote.ahead, 1, world.size, early=loaders * AHEAD)
     wanted = fetched_ahead(lambda: (Micro(0, row, row) for row in table), shards, reach)
     return load(Micros(shards, split, _shape(config), 0, recipes), wanted, loaders)
 

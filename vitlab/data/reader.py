@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from vitlab.data.bad import BadInputError
 from vitlab.data.index import Shards
 from vitlab.data.tars import NO_LABEL, Columns, read_member
 
-OPEN_TARS = 64  # at most so many stay open in one process
+OPEN_TARS = 256  # at most so many stay open in one process, with their columns
 
 
 class Stored(NamedTuple):
@@ -34,6 +35,11 @@ class _Open(NamedTuple):
     fd: int | None  # -1: there is no such file; None: to be opened
 
 
+def _close(tar: _Open) -> None:
+    if tar.fd is not None and tar.fd >= 0:
+        os.close(tar.fd)
+
+
 class Reader:
     """Samples of a split by number. Keeps the tars that were read last open."""
 
@@ -42,9 +48,9 @@ class Reader:
         self.ends = np.cumsum([tar.info.count for tar in self.tars])
         self.open: OrderedDict[int, _Open] = OrderedDict()
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[_Open], None] = _close) -> None:  # held: names go at an exit
         for tar in self.open.values():
-            _close(tar)
+            close(tar)
 
     def read(self, number: int) -> Stored:
         """Any problem of this sample alone comes back in `Stored.bad`."""
@@ -82,11 +88,6 @@ class Reader:
         self.open[shard] = tar._replace(fd=fd)
         self.open.move_to_end(shard)
         return tar.columns, fd
-
-
-def _close(tar: _Open) -> None:
-    if tar.fd is not None and tar.fd >= 0:
-        os.close(tar.fd)
 
 
 def _bytes(fd: int, offset: int, size: int) -> bytes:
