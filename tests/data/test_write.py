@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +21,7 @@ import pytest
 from PIL import Image
 from samples import config, images, one_line, shards, source, stored
 
+from vitlab.commands import shards as command
 from vitlab.config import UserError, build, deciding
 from vitlab.data import (
     Raw,
@@ -305,8 +308,22 @@ def test_long_writes_are_shown(
     shards(tmp_path / "b")
     out, err = capsys.readouterr()
     assert out == ""
-    assert "100/100" in err
-    assert "images/s" in err
+    first, last = err.splitlines()
+    assert re.fullmatch(r"  writing shards: 1/100 · [\d,]+ images/s( · 0 MB)? · .* left", first)
+    assert re.fullmatch(r"  writing shards: 100/100 · [\d,]+ images/s · 0 MB", last)
+
+
+def test_a_line_that_moves(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "SHOW_AFTER", 0.0)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "140")
+    with progress.Meter("reading", "rows", 40, begin=10) as meter:
+        for _ in range(30):
+            meter.add(1_000_000)
+    err = capsys.readouterr().err
+    assert "40/40" in err
+    assert "30 MB" in err
+    assert list(progress.shown(range(3), "counting", "things")) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -350,3 +367,25 @@ def test_shards_are_equal_wherever_they_lie(tmp_path: Path) -> None:
     moved = Shards(tmp_path / "b", made.classes, made.splits)
     made.path.rename(moved.path)
     assert open_shards(moved.path).digest == made.digest
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    command.add(parser.add_subparsers())
+    np.savez(tmp_path / "x.npz", pixels=np.zeros((9, 30, 20), np.uint8), kind=np.arange(9), more=np.arange(9))
+    words = f"shards npy:{tmp_path / 'x.npz'} {tmp_path / 'a'} --limit 8 --held-out 0 --val 0"
+    words += " --shard-bytes 20.48KB --shard-samples 5 --resize 10 --quality 80 --max-bad 0.5 --workers 2"
+    given = parser.parse_args([*words.split(), "--image-column", "pixels", "--label-column", "kind"])
+    given.action(given)
+    assert "8 train, 0 val, 0 held_out images of 9 classes in" in capsys.readouterr().out
+    made = open_shards(tmp_path / "a")
+    assert [info.count for info in made.split("train")] == [5, 3]
+    assert (made.made["shard_bytes"], made.made["resize"], made.made["quality"]) == (20_480, 10, 80)
+    assert [command._size(text) for text in ("7", "256MB", "1.5GiB", "2 kb")] == [
+        7,
+        256 * 10**6,
+        3 * 2**29,
+        2000,
+    ]
+    with pytest.raises(argparse.ArgumentTypeError, match="given '3XB'; allowed: bytes, as 256MB"):
+        command._size("3XB")

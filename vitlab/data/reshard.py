@@ -36,20 +36,22 @@ def tars(path: Path) -> Source:
         raise UserError(f"data.source: tars:{path}: no such directory; give one that holds .tar files")
     parts, classes, bad = _indexed(path) if (path / INDEX).is_file() else _foreign(path)
     split = len({part.split for part in parts if len(part.columns)}) > 1
-    places = [(part, row) for part in parts for row in range(len(part.columns))]
 
     def samples(start: int) -> Iterator[Raw]:
-        for i in range(start, len(places)):
-            (file, columns, side), row = places[i]
-            key, place = columns.keys[row], (columns.offsets[row], columns.sizes[row])
-            read = partial(_member, file, *place)
-            origin = f"{file.name}: {key}"
-            yield Raw(plain_key(i, key), columns.labels[row], read, origin, side if split else None)
+        number = 0  # of the first sample of a tar
+        for file, columns, side in parts:
+            for row in range(max(start - number, 0), len(columns)):
+                key = columns.keys[row]
+                read = partial(_member, file, columns.offsets[row], columns.sizes[row])
+                origin, own = f"{file.name}: {key}", side if split else None
+                yield Raw(plain_key(number + row, key), columns.labels[row], read, origin, own)
+            number += len(columns)
 
     stats = [(part.file.name, part.file.stat()) for part in parts]
     mark = digest([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats])
+    total = sum(len(part.columns) for part in parts)
     labelled = any(label != NO_LABEL for part in parts for label in part.columns.labels)
-    return Source(f"tars:{path}", samples, classes, len(places), mark, labelled, split, bad)
+    return Source(f"tars:{path}", samples, classes, total, mark, labelled, split, bad)
 
 
 def _indexed(path: Path) -> tuple[list[_Part], list[str], list[Bad]]:

@@ -205,15 +205,18 @@ class _Writer:
 
     def _check_bad(self, total: int, some: str = "") -> None:
         """A flood ends the work at once; what is done stays, for a higher bound goes on from there."""
-        bad = [*self.source.bad, *(self.bad[position] for position in sorted(self.bad))]
         total += len(self.source.bad)
-        if len(bad) > self.how.max_bad * total:
+        if len(self.source.bad) + len(self.bad) > self.how.max_bad * total:
+            bad = self._all_bad()
             kinds = ", ".join(f"{n} {kind}" for kind, n in counts(bad).items())
             raise UserError(
                 f"{self.source.name}: {some}{len(bad)} of {total} images cannot become samples ({kinds}), "
                 f"max_bad allows {self.how.max_bad:.2%}; the first: {bad[0].key}: {bad[0].reason}; "
                 "mend or remove them, or raise max_bad"
             )
+
+    def _all_bad(self) -> list[Bad]:
+        return [*self.source.bad, *(self.bad[position] for position in sorted(self.bad))]
 
     def _close(self, split: str) -> None:
         """A shard is full. It is written while the next one fills."""
@@ -273,8 +276,7 @@ class _Writer:
             )
         highest = max(entry.highest for entry in self.journal.entries)
         classes = list(self.source.classes) or [str(i) for i in range(highest + 1)]
-        bad = [*self.source.bad, *(self.bad[position] for position in sorted(self.bad))]
-        shards = Shards(self.part, classes, splits, _made(self.source, self.how), bad)
+        shards = Shards(self.part, classes, splits, _made(self.source, self.how), self._all_bad())
         save_index(shards)
         if self.url:
             upload(self.part / INDEX, join(self.url, INDEX))
