@@ -138,6 +138,52 @@ def test_resampling_is_torchvision_s(
         assert torch.equal(resampled(moved, box, how), theirs)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("how", ["bilinear", "bicubic"])
+def test_boxes_of_scaled_regions(how: str, channels: int) -> None:
+    """A region at 1/4, here means of 16 pixels each, wherever the box begins in it."""
+    whole = photo(channels, 600)
+    small = whole.float().unflatten(1, (150, 4)).unflatten(3, (150, 4)).mean((2, 4)).round().byte()
+    small = small.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    for top, left, side in (
+        (0, 0, 600),
+        (40, 80, 400),
+        (1, 2, 500),
+        (101, 153, 401),
+        (90, 33, 448),
+        (1, 150, 448),
+    ):
+        box = Box(top, left, side, side, 56, 50)
+        theirs = F.resized_crop(whole, *box[:4], [56, 50], F.InterpolationMode(how), antialias=True)
+        for region in (
+            Region(small, 0, 0, 4),
+            Region(small[:, top // 4 :, left // 4 :], top & ~3, left & ~3, 4),
+        ):
+            ours = resampled(region, box, how)
+            assert ours.shape == theirs.shape
+            error = (ours.float() - theirs.float()).square().mean()
+            assert error < 255**2 / 10**3.7  # 37 dB: means of squares are not libjpeg's smaller blocks
+
+
+@pytest.mark.parametrize(
+    ("first", "step", "found"),
+    [
+        (0.0, 2.3, (0, 0)),
+        (7.0, 2.3, (7, 0)),
+        (7.25, 2.25, (5, 1)),  # 7.25 - 2.25
+        (7.5, 2.3, (-1, -1)),
+        (31.5, 2.1, (21, 5)),
+        (7.5, 3.0, (0, -1)),  # never near a border
+        (0.5, 2.3, (0, -1)),  # nothing lies before it
+    ],
+)
+def test_where_resampling_begins(first: float, step: float, found: tuple[int, int]) -> None:
+    skipped, more = augment_module._start(first, step)
+    if found != (-1, -1):
+        assert (skipped, more) == found
+    assert more < 0 or abs(first - more * step - skipped) <= 0.1
+
+
 def test_boxes_follow_from_sizes_and_numbers_alone() -> None:
     """As torchvision's RandomResizedCrop has them, and drawn before there is an image."""
     transform = train_transform(build(AugmentConfig, {"crop_scale": [0.2, 0.2]}), View("a", 32))

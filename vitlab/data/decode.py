@@ -12,8 +12,8 @@ and minimum) from crop and antialiased resize of the whole: random crops of phot
 enlarged, some tiled of photos with detail in every pixel, to 224; the worse of bilinear and bicubic.
 
   margin      1            1.5          2
-  enlarged    46.6  35.6   51.6  43.8   53.8  48.7
-  detailed    44.3  33.5   47.4  40.4   52.3  45.8
+  enlarged    46.4  35.6   50.9  43.4   53.4  47.0
+  detailed    44.0  33.5   47.2  40.4   52.0  45.6
 
 One channel of a coloured JPEG is its luma as it is stored. Pillow's `L` has the same weights, but goes by way
 of rounded colours cut to 0..255: 59 dB apart, at least 47.
