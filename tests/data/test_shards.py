@@ -17,6 +17,7 @@ from samples import images, one_line, raw_tar, shards, source
 
 from vitlab.config import UserError
 from vitlab.data import Shards, WriteOptions, index_existing, open_shards, write_shards
+from vitlab.data.decode import decode
 from vitlab.data.index import SPLITS, columns_path
 from vitlab.data.packing import side
 from vitlab.data.reader import Reader
@@ -81,7 +82,9 @@ def test_anyone_reads_them(tmp_path: Path) -> None:
     assert [int(row["cls"]) for row in rows] == columns.labels
     reader = Reader(made, "train")
     decoded = [np.array(Image.open(io.BytesIO(row["png"]))) for row in rows]
-    assert all(np.array_equal(x, reader.read(i, 1)[0][0].numpy()) for i, x in enumerate(decoded))
+    assert all(
+        np.array_equal(x, decode(reader.read(i).data or b"", 1)[0].numpy()) for i, x in enumerate(decoded)
+    )
     listed = subprocess.run(
         ["tar", "tf", str(tar)], capture_output=True, text=True, check=True
     ).stdout.split()
@@ -105,7 +108,7 @@ def test_reads_what_others_write(tmp_path: Path) -> None:
     assert made.classes == [str(i) for i in range(8)]
     assert open_shards(tmp_path) == made
     assert made.columns(made.split("val")[0]).labels == [-1]
-    assert Reader(made, "held_out").read(0, 3)[1:] == (7, "./x")
+    assert Reader(made, "held_out").read(0)[1:3] == (7, "./x")
     named = index_existing(tmp_path, list("abcdefgh"))
     assert index_existing(tmp_path).classes == named.classes  # an earlier index keeps its names
 

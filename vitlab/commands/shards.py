@@ -83,13 +83,13 @@ def _write(given: argparse.Namespace) -> None:
     if given.limit is not None and given.limit < 1:
         raise UserError(f"--limit: given {given.limit}; allowed: 1 or more")
     if given.source == "index":
-        made = index_existing(given.dest)
+        bound = {} if given.max_bad is None else {"max_bad": given.max_bad}
+        made = index_existing(given.dest, **bound)
     else:
         options = {name: getattr(given, name) for name in WriteOptions.model_fields if hasattr(given, name)}
         options["write_workers"] = given.workers
         how = build(WriteOptions, {name: value for name, value in options.items() if value is not None})
         source = open_source(given.source, given.image_column, given.label_column)
         made = write_shards(limited(source, given.limit), given.dest, how)
-    counts = ", ".join(f"{made.count(split)} {split}" for split in made.splits)
     bad = f"; {len(made.bad)} bad ones left out, see index.json" if made.bad else ""
-    Face().print(f"{counts} images of {len(made.classes)} classes in {given.dest}{bad}")
+    Face().print(f"{made.counted} images of {len(made.classes)} classes in {given.dest}{bad}")

@@ -44,13 +44,13 @@ def counts(bad: Collection[Bad]) -> dict[str, int]:
     return dict(Counter(one.kind for one in bad).most_common())
 
 
-def check_bound(bad: Collection[Bad], total: int, bound: float, where: str) -> None:
-    """Refuses a flood: more bad samples than the bound allows of so many."""
+def check_bound(bad: Collection[Bad], total: int, bound: float, where: str, way: str) -> None:
+    """Refuses a flood: more bad samples than the bound allows of so many. `way`: how to go on."""
     if len(bad) <= bound * total:
         return
     kinds = ", ".join(f"{n} {kind}" for kind, n in counts(bad).items())
     first = min(bad, key=lambda one: (one.shard, one.key))
     raise UserError(
-        f"{where}: {len(bad)} of {total} samples cannot be read ({kinds}), data.max_bad allows {bound:.2%}; "
-        f"the first: {first}; list them with `vitlab shards verify {where}`, mend them or raise data.max_bad"
+        f"{where}: {len(bad)} of {total} samples cannot be read ({kinds}), max_bad allows {bound:.2%}; "
+        f"the first: {first}; {way}"
     )

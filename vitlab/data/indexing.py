@@ -60,7 +60,8 @@ def index_existing(path: Path, classes: Sequence[str] | None = None, max_bad: fl
     samples = sum(len(one.columns) for one in found)
     if not samples:
         raise UserError(f"{path}: no sample in {len(tars)} tars; the first: {bad[0]}")
-    check_bound(bad, samples + len(bad), max_bad, str(path))
+    way = "mend them, or leave them out with --max-bad 1: index.json then names them all"
+    check_bound(bad, samples + len(bad), max_bad, str(path), way)
     splits: dict[str, list[ShardInfo]] = {name: [] for name in SPLITS}
     for tar, one in zip(tars, found, strict=True):
         if len(one.columns):

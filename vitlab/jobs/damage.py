@@ -75,9 +75,10 @@ class Ledger:
             self.place.store().upload_file(self.place.run_id, file, "data")
 
     def _check(self, split: str) -> None:
-        met, bound = self.met[split].values(), self.place.data.max_bad
+        met, bound, where = self.met[split].values(), self.place.data.max_bad, self.shards.where
+        way = f"list them with `vitlab shards verify {where}`, mend them or raise data.max_bad"
         try:
-            check_bound(met, self.shards.count(split), bound, self.shards.where)
+            check_bound(met, self.shards.count(split), bound, where, way)
         except UserError:
             self.publish()
             raise
