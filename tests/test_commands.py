@@ -19,7 +19,7 @@ from PIL import Image
 from vitlab import cli
 from vitlab.commands import inspecting
 from vitlab.data import index_existing
-from vitlab.data.sources import png
+from vitlab.data.making.sources import png
 from vitlab.evaluation.data_pictures import GAP, TILE, contact_sheet, data_figure, tile
 from vitlab.evaluation.pictures import save_figure
 
@@ -152,7 +152,7 @@ def test_stats(whole: Path, tmp_path: Path, vitlab: Said, monkeypatch: pytest.Mo
 
 
 def test_a_choice_is_said(whole: Path, tmp_path: Path, vitlab: Said, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vitlab.data.statistics.LOOKED", 10)
+    monkeypatch.setattr("vitlab.data.shards.statistics.LOOKED", 10)
     monkeypatch.setattr(inspecting, "_draw", lambda *given: None)
     picture = tmp_path / "x.png"
     said = vitlab("shards", "stats", whole, "--picture", picture)[1]

@@ -31,7 +31,9 @@ NAMES = {"probe/knn_top1", "probe/linear_top1", "probe/rank", "probe/std"}
 def clouds(n: int, seed: int) -> Found:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(3, (n,), generator=generator)
-    return Found(torch.eye(3, 8)[labels] + 0.2 * torch.randn(n, 8, generator=generator), labels, torch.arange(n))
+    return Found(
+        torch.eye(3, 8)[labels] + 0.2 * torch.randn(n, 8, generator=generator), labels, torch.arange(n)
+    )
 
 
 def test_figures_need_labels_on_both_sides() -> None:

@@ -12,7 +12,7 @@ import torch
 
 from vitlab.batch import Batch, View
 from vitlab.data import Raw, ReadPlan, Shards, ShardsConfig, Source, WriteOptions, write_shards
-from vitlab.data.sources import png
+from vitlab.data.making.sources import png
 
 VIEWS = (View("one", 8), View("two", 6))
 

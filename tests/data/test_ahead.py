@@ -14,11 +14,11 @@ import pytest
 from server import Server
 
 from vitlab.config import UserError
-from vitlab.data import ahead
-from vitlab.data.ahead import Ahead
-from vitlab.data.index import ShardInfo
-from vitlab.data.local_cache import Cache
-from vitlab.data.remote import Patience
+from vitlab.data.shards.index import ShardInfo
+from vitlab.data.stores import ahead
+from vitlab.data.stores.ahead import Ahead
+from vitlab.data.stores.local_cache import Cache
+from vitlab.data.stores.remote import Patience
 
 SIZE = 3200
 FILES = {f"train-{i:06d}.tar": hashlib.sha256(bytes([i])).digest() * 100 for i in range(12)}
@@ -101,7 +101,7 @@ def test_a_step_without_room_gets_its_shards(server: Server, tmp_path: Path) -> 
 def test_what_was_consumed_is_evicted_before_what_is_coming(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vitlab.data.local_cache.TOUCH", 0.0)
+    monkeypatch.setattr("vitlab.data.stores.local_cache.TOUCH", 0.0)
     cache = made(server, tmp_path, 4)
     with Ahead(cache, EACH, depth=4) as front:
         until(lambda: here(cache) == [0, 1, 2, 3])

@@ -17,11 +17,11 @@ from torchvision.transforms.v2 import functional as F
 from vitlab.batch import View, uniform
 from vitlab.config import UserError, build
 from vitlab.data import AugmentConfig, eval_transform, train_batches, train_transform
-from vitlab.data import augment as augment_module
-from vitlab.data.augment import resampled
-from vitlab.data.colours import jitter, to_tensor
-from vitlab.data.decode import Box, Region
-from vitlab.data.recipes import PRESETS
+from vitlab.data.images import augment as augment_module
+from vitlab.data.images.augment import resampled
+from vitlab.data.images.colours import jitter, to_tensor
+from vitlab.data.images.decode import Box, Region
+from vitlab.data.images.recipes import PRESETS
 
 FULL = AugmentConfig(crop_scale=[0.5, 1.0], pad=1, flip=True, rotate=20, zoom=0.1)
 SEEDS = torch.arange(64) * 7919

@@ -14,11 +14,11 @@ from samples import one_line
 
 from vitlab.batch import Bad
 from vitlab.config import UserError, build, deciding
-from vitlab.data import order as order_module
-from vitlab.data.blend import Blend, BlendOrder, blend, order_for, sets_of, training_order
-from vitlab.data.index import ShardInfo, Shards
-from vitlab.data.order import Order, Streams, divisors
+from vitlab.data.reading import order as order_module
+from vitlab.data.reading.blend import Blend, BlendOrder, blend, order_for, sets_of, training_order
+from vitlab.data.reading.order import Order, Streams, divisors
 from vitlab.data.settings import ShardsConfig
+from vitlab.data.shards.index import ShardInfo, Shards
 
 SIZES = ((40,) * 60, (37, 0, 1, 90), (16,))  # 2400, 128 and 16 samples
 

@@ -14,8 +14,8 @@ from torchvision.transforms.v2 import functional as F
 from vitlab.batch import View, uniform
 from vitlab.config import build
 from vitlab.data import AugmentConfig, train_transform
-from vitlab.data.colours import NUMBERS, ORDERS, jitter, paint, to_pillow, to_tensor
-from vitlab.data.recipes import ViewRecipe
+from vitlab.data.images.colours import NUMBERS, ORDERS, jitter, paint, to_pillow, to_tensor
+from vitlab.data.images.recipes import ViewRecipe
 
 OFF = [
     0.0,

@@ -19,10 +19,10 @@ from samples import one_line
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from vitlab.data.augment import resampled
 from vitlab.data.bad import BadInputError
-from vitlab.data.decode import Box, JpegPicture, Picture, Region, open_picture
-from vitlab.data.decode import decode as decode_whole
+from vitlab.data.images.augment import resampled
+from vitlab.data.images.decode import Box, JpegPicture, Picture, Region, open_picture
+from vitlab.data.images.decode import decode as decode_whole
 
 MODES = {1: "L", 3: "RGB"}
 

@@ -28,7 +28,7 @@ from vitlab.data import (
     train_batches,
     write_shards,
 )
-from vitlab.data.blend import blend, sets_of
+from vitlab.data.reading.blend import blend, sets_of
 from vitlab.dist import World
 
 EPOCHS = 3

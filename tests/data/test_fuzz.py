@@ -34,8 +34,8 @@ from webdataset.tariterators import base_plus_ext
 
 from vitlab.config import UserError
 from vitlab.data.bad import KINDS
-from vitlab.data.scan import from_memory
-from vitlab.data.tars import Examined, examine_bytes, index_tar, read_member
+from vitlab.data.shards.scan import from_memory
+from vitlab.data.shards.tars import Examined, examine_bytes, index_tar, read_member
 
 CASES = 10_000
 SAMPLES = 6

@@ -17,11 +17,11 @@ from samples import images, one_line, raw_tar, shards
 from vitlab.batch import Bad
 from vitlab.config import UserError
 from vitlab.data import Shards, index_existing, open_shards
-from vitlab.data.blend import blend
-from vitlab.data.index import columns_path, save_index
-from vitlab.data.inspect import MEANING, Verdict, verify
-from vitlab.data.sources import png
-from vitlab.data.statistics import examples, spread, statistics
+from vitlab.data.making.sources import png
+from vitlab.data.reading.blend import blend
+from vitlab.data.shards.index import columns_path, save_index
+from vitlab.data.shards.inspect import MEANING, Verdict, verify
+from vitlab.data.shards.statistics import examples, spread, statistics
 
 PICTURE = png(images(1)[0])
 

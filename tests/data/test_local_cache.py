@@ -18,9 +18,9 @@ import pytest
 from server import Server
 
 from vitlab.config import UserError
-from vitlab.data import local_cache
-from vitlab.data.local_cache import Cache
-from vitlab.data.remote import Missing, Patience
+from vitlab.data.stores import local_cache
+from vitlab.data.stores.local_cache import Cache
+from vitlab.data.stores.remote import Missing, Patience
 
 CALM = Patience(retries=2, stall=5, first_wait=0.05)
 QUICK = Patience(retries=2, stall=0.3, first_wait=0.05)  # where silence is meant
@@ -76,7 +76,7 @@ def at_once(work: Callable[[Any], object], items: list[Any]) -> None:
 def start(work: Callable[..., None], *args: object) -> Any:
     """In a process of its own, which knows vitlab already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vitlab.data.read", "torchvision.transforms.v2"])  # as loaders have it
+    context.set_forkserver_preload(["vitlab.data.reading.loading", "torchvision.transforms.v2"])
     process = context.Process(target=work, args=args)
     process.start()
     return process
@@ -200,7 +200,7 @@ def test_a_wrong_file_never_gets_its_name(server: Server, tmp_path: Path) -> Non
 
 
 def test_memory_as_a_store(tmp_path: Path) -> None:
-    from vitlab.data.remote import upload
+    from vitlab.data.stores.remote import upload
 
     (tmp_path / "a").write_bytes(FILES[NAMES[0]])
     upload(tmp_path / "a", f"memory://{tmp_path.name}/{NAMES[0]}", CALM)

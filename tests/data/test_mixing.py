@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vitlab.batch import Batch, View
 from vitlab.data import AugmentConfig, draw_lots, mixed, train_batches
-from vitlab.data.mixing import _boxes
+from vitlab.data.images.mixing import _boxes
 from vitlab.methods.supervised import label_loss
 
 BOTH = AugmentConfig(mixup=0.8, cutmix=1.0)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from vitlab.batch import Batch, View
 from vitlab.config import build, resolved
-from vitlab.data import AugmentConfig, ReadPlan, ShardsConfig, draw_lots, mixed, on_device, train_transform
-from vitlab.data.on_device import paint_on_device
+from vitlab.data import AugmentConfig, ReadPlan, ShardsConfig, draw_lots, mixed, train_transform
+from vitlab.data.images import on_device
+from vitlab.data.images.on_device import paint_on_device
 from vitlab.dist import World
 from vitlab.jobs.place import mover
 

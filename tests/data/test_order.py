@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitlab.config import UserError
-from vitlab.data import order as order_module
-from vitlab.data.order import Order, Streams, chosen, divisors, exact
+from vitlab.data.reading import order as order_module
+from vitlab.data.reading.order import Order, Streams, chosen, divisors, exact
 
 
 @st.composite

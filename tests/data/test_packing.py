@@ -12,8 +12,8 @@ from samples import photo, stored
 
 from vitlab.data import WriteOptions, arrays, write_shards
 from vitlab.data.bad import BadInputError
-from vitlab.data.packing import packed, side
-from vitlab.data.sources import png
+from vitlab.data.making.packing import packed, side
+from vitlab.data.making.sources import png
 
 PHOTO = Image.fromarray(photo(side=96).permute(1, 2, 0).numpy()).crop((0, 0, 96, 64))
 ORIENTATION = 274  # the tag of EXIF

@@ -13,8 +13,8 @@ from timm.data.auto_augment import AugmentOp, rand_augment_transform
 
 from vitlab.batch import uniform
 from vitlab.data import RandAugmentConfig
-from vitlab.data import rand_augment as ours
-from vitlab.data.colours import to_pillow, to_tensor
+from vitlab.data.images import rand_augment as ours
+from vitlab.data.images.colours import to_pillow, to_tensor
 
 THEIRS = {  # ours → timm's name
     "autocontrast": "AutoContrast",

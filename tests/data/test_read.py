@@ -25,10 +25,10 @@ from vitlab.data import (
     order_of,
     train_batches,
 )
-from vitlab.data import reader as reader_module
-from vitlab.data.decode import decode
-from vitlab.data.reader import Reader
-from vitlab.data.sources import png
+from vitlab.data.images.decode import decode
+from vitlab.data.making.sources import png
+from vitlab.data.reading import reader as reader_module
+from vitlab.data.reading.reader import Reader
 from vitlab.dist import World
 
 AUGMENT = AugmentConfig(crop_scale=[0.5, 1.0], pad=1, flip=True, rotate=10)
@@ -140,7 +140,9 @@ def test_a_broken_image_keeps_its_slot(tmp_path: Path, loaders: int) -> None:
 
     def written(folder: Path, broken: int | None) -> Shards:
         folder.mkdir()
-        names = [(f"k{i}.png", data if i != broken else data[: len(data) // 2]) for i, data in enumerate(good)]
+        names = [
+            (f"k{i}.png", data if i != broken else data[: len(data) // 2]) for i, data in enumerate(good)
+        ]
         raw_tar(folder / "train-0.tar", names)
         return index_existing(folder)
 

@@ -7,7 +7,7 @@ import pytest
 from vitlab.batch import View
 from vitlab.config import UserError, build, resolved
 from vitlab.data import AugmentConfig, RandAugmentConfig
-from vitlab.data.recipes import PRESETS, ViewRecipe
+from vitlab.data.images.recipes import PRESETS, ViewRecipe
 
 
 def preset(name: str, **more: object) -> AugmentConfig:

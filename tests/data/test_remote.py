@@ -13,8 +13,8 @@ import pytest
 from server import Server
 
 from vitlab.config import UserError
-from vitlab.data.patience import Attempt, patiently
-from vitlab.data.remote import (
+from vitlab.data.stores.patience import Attempt, patiently
+from vitlab.data.stores.remote import (
     Missing,
     Patience,
     download,

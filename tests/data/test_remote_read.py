@@ -13,8 +13,8 @@ from server import Server
 
 from vitlab.config import UserError
 from vitlab.data import Shards, eval_batches, open_shards, train_batches
-from vitlab.data.patience import Patience
 from vitlab.data.settings import RemoteConfig
+from vitlab.data.stores.patience import Patience
 from vitlab.dist import World
 
 STALL = 0.3  # seconds
@@ -23,7 +23,7 @@ STALL = 0.3  # seconds
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr("vitlab.data.index.Patience", partial(Patience, first_wait=0.05))
+    monkeypatch.setattr("vitlab.data.shards.index.Patience", partial(Patience, first_wait=0.05))
 
 
 @pytest.fixture(scope="module")

@@ -21,12 +21,13 @@ from broken import ALL, BLOCK, Files, cut_payload, files, jpeg, labels, pack, pn
 from samples import one_line, raw_tar
 
 from vitlab.config import UserError
-from vitlab.data import indexing, open_shards, scan
+from vitlab.data import open_shards
 from vitlab.data.bad import KINDS
-from vitlab.data.index import columns_path
-from vitlab.data.indexing import index_existing
-from vitlab.data.scan import Member, from_memory, parse, sweep, walk
-from vitlab.data.tars import Examined, examine, examine_bytes, index_tar, sha256_file
+from vitlab.data.shards import indexing, scan
+from vitlab.data.shards.index import columns_path
+from vitlab.data.shards.indexing import index_existing
+from vitlab.data.shards.scan import Member, from_memory, parse, sweep, walk
+from vitlab.data.shards.tars import Examined, examine, examine_bytes, index_tar, sha256_file
 
 
 def found(data: bytes) -> Examined:

@@ -17,12 +17,12 @@ from samples import images, one_line, raw_tar, shards, source
 
 from vitlab.config import UserError
 from vitlab.data import Shards, WriteOptions, index_existing, open_shards, write_shards
-from vitlab.data.decode import decode
-from vitlab.data.index import SPLITS, columns_path
-from vitlab.data.packing import side
-from vitlab.data.reader import Reader
-from vitlab.data.sources import png
-from vitlab.data.tars import Columns, read_member
+from vitlab.data.images.decode import decode
+from vitlab.data.making.packing import side
+from vitlab.data.making.sources import png
+from vitlab.data.reading.reader import Reader
+from vitlab.data.shards.index import SPLITS, columns_path
+from vitlab.data.shards.tars import Columns, read_member
 
 PICTURE = png(images(1)[0])
 

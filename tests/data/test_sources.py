@@ -29,9 +29,9 @@ from vitlab.data import (
     write_shards,
 )
 from vitlab.data.bad import BadInputError
-from vitlab.data.opening import absolute
-from vitlab.data.packing import packed
-from vitlab.data.sources import png
+from vitlab.data.making.opening import absolute
+from vitlab.data.making.packing import packed
+from vitlab.data.making.sources import png
 
 TRAIN = WriteOptions(held_out=0.0, val=0.0)
 

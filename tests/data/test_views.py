@@ -16,10 +16,10 @@ from torch import Tensor
 from vitlab.batch import View
 from vitlab.config import build
 from vitlab.data import AugmentConfig, eval_transform, train_transform
-from vitlab.data.augment import Transform
-from vitlab.data.decode import JpegPicture
-from vitlab.data.decode import decode as decode_whole
-from vitlab.data.views import make_views
+from vitlab.data.images.augment import Transform
+from vitlab.data.images.decode import JpegPicture
+from vitlab.data.images.decode import decode as decode_whole
+from vitlab.data.images.views import make_views
 
 SEEDS = torch.arange(64) * 7919
 CROP = {"crop_scale": [0.08, 1.0], "flip": True}
@@ -112,7 +112,7 @@ def test_large_photos_are_decoded_small_and_look_the_same(keys: dict[str, Any]) 
 
 def test_scaled_decoding_takes_the_time_of_less(monkeypatch: pytest.MonkeyPatch) -> None:
     held = []
-    module = sys.modules["vitlab.data.decode"]
+    module = sys.modules["vitlab.data.images.decode"]
     decode = module.simplejpeg.decode_jpeg
 
     def counted(*given: Any, **more: Any) -> np.ndarray:

@@ -32,16 +32,15 @@ from vitlab.data import (
     arrays,
     check_classes,
     digits,
-    journal,
     normalisation,
     open_shards,
     prepare,
-    progress,
     write_shards,
 )
-from vitlab.data import write as write_module
 from vitlab.data.bad import BadInputError
-from vitlab.data.sources import png
+from vitlab.data.making import journal, progress
+from vitlab.data.making import write as write_module
+from vitlab.data.making.sources import png
 
 
 def test_digits(tmp_path: Path) -> None:
@@ -163,7 +162,7 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import test_write as t
-from vitlab.data import journal, write
+from vitlab.data.making import journal, write
 
 at, append, count = int(sys.argv[3]), journal._append, [0]
 

@@ -16,7 +16,9 @@ def clouds(count: int, classes: int = 5, width: int = 12, seed: int = 0) -> Foun
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(9))
     labels = torch.randint(classes, (count,), generator=generator)
-    return Found(0.5 * centres[labels] + torch.randn(count, width, generator=generator), labels, torch.arange(count))
+    return Found(
+        0.5 * centres[labels] + torch.randn(count, width, generator=generator), labels, torch.arange(count)
+    )
 
 
 def votes(distance: np.ndarray) -> np.ndarray:

@@ -55,7 +55,9 @@ def test_constant_features_and_tiny_banks_are_no_trouble() -> None:
     bank, queries = clouds(400), clouds(150, seed=1)
 
     def dead(found: Found) -> Found:
-        return Found(torch.cat([found.features, torch.ones(len(found.labels), 2)], 1), found.labels, found.places)
+        return Found(
+            torch.cat([found.features, torch.ones(len(found.labels), 2)], 1), found.labels, found.places
+        )
 
     assert linear.linear_top1(dead(bank), dead(queries), 5) == linear.linear_top1(bank, queries, 5)
     assert 0 <= linear.linear_top1(clouds(3), queries, 5) <= 1

@@ -15,9 +15,9 @@ from vitlab.commands.figures import writable
 
 if TYPE_CHECKING:
     from vitlab.batch import Bad
-    from vitlab.data.inspect import Verdict
-    from vitlab.data.progress import Meter
-    from vitlab.data.statistics import Statistics
+    from vitlab.data.making.progress import Meter
+    from vitlab.data.shards.inspect import Verdict
+    from vitlab.data.shards.statistics import Statistics
     from vitlab.face import Face
 
 FIRST = 10  # bad things that are named
@@ -64,8 +64,8 @@ def _steps(meter: Meter) -> Callable[[int], None]:
 def verify(given: argparse.Namespace) -> None:
     """Ends with exit code 1 if anything is bad."""
     from vitlab.config import UserError
-    from vitlab.data.inspect import verify as look
-    from vitlab.data.progress import Meter
+    from vitlab.data.making.progress import Meter
+    from vitlab.data.shards.inspect import verify as look
     from vitlab.face import Face, duration
 
     if not isinstance(given.dest, Path):
@@ -93,7 +93,7 @@ def verify(given: argparse.Namespace) -> None:
 def _total(path: Path) -> int:
     """What a progress line counts to; what is wrong with the index is told by the verification."""
     from vitlab.config import UserError
-    from vitlab.data.index import read_index
+    from vitlab.data.shards.index import read_index
 
     try:
         shards = read_index(path)
@@ -104,7 +104,7 @@ def _total(path: Path) -> int:
 
 def _show(face: Face, found: Verdict) -> None:
     from vitlab.data.bad import counts
-    from vitlab.data.inspect import MEANING
+    from vitlab.data.shards.inspect import MEANING
 
     if not found.bad:
         return
@@ -134,8 +134,8 @@ def _write_verdict(file: Path, path: Path, found: Verdict) -> None:
 
 def stats(given: argparse.Namespace) -> None:
     from vitlab.data import open_shards
-    from vitlab.data.progress import Meter
-    from vitlab.data.statistics import LOOKED, statistics
+    from vitlab.data.making.progress import Meter
+    from vitlab.data.shards.statistics import LOOKED, statistics
     from vitlab.face import Face
 
     face, picture = Face(), given.picture or PICTURE
@@ -180,7 +180,7 @@ def _tables(face: Face, found: Statistics) -> None:
 
 
 def _sentences(face: Face, found: Statistics) -> None:
-    from vitlab.data.statistics import spread
+    from vitlab.data.shards.statistics import spread
 
     seen = found.seen
     formats = ", ".join(f"{share:.1%} {name}" for name, share in found.formats.items())
@@ -204,7 +204,7 @@ def _sentences(face: Face, found: Statistics) -> None:
 
 
 def _draw(shards: Any, found: Statistics, picture: Path) -> None:
-    from vitlab.data.statistics import examples
+    from vitlab.data.shards.statistics import examples
     from vitlab.evaluation.data_pictures import data_figure
     from vitlab.evaluation.pictures import save_figure
 

@@ -51,7 +51,7 @@ def _add_writing(group: Any) -> None:
 
 
 def _place(text: str) -> Path | str:
-    from vitlab.data.remote import is_url, local_path
+    from vitlab.data.stores.remote import is_url, local_path
 
     return text if is_url(text) else local_path(text)
 

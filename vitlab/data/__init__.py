@@ -1,25 +1,25 @@
 """Labelled images: written as shards of tars, read as batches that do not depend on who reads them."""
 
-from vitlab.data.augment import eval_transform, train_transform
 from vitlab.data.bad import check_bound, counts
-from vitlab.data.blend import addresses, blend, open_sets, sets_of, training_order
-from vitlab.data.decode import decode
-from vitlab.data.hugging_face import hugging_face
-from vitlab.data.index import ShardInfo, Shards, open_shards
-from vitlab.data.indexing import index_existing
-from vitlab.data.mixing import draw_lots, mixed
-from vitlab.data.opening import absolute, open_source
-from vitlab.data.order import Order, chosen, exact
-from vitlab.data.pixels import arrays
-from vitlab.data.preparing import prepare
-from vitlab.data.read import ReadPlan, eval_batches, order_of, train_batches
-from vitlab.data.recipes import AugmentConfig, RandAugmentConfig, ViewRecipe
-from vitlab.data.remote import is_url, local_path
+from vitlab.data.images.augment import eval_transform, train_transform
+from vitlab.data.images.decode import decode
+from vitlab.data.images.mixing import draw_lots, mixed
+from vitlab.data.images.recipes import AugmentConfig, RandAugmentConfig, ViewRecipe
+from vitlab.data.making.hugging_face import hugging_face
+from vitlab.data.making.opening import absolute, open_source
+from vitlab.data.making.pixels import arrays
+from vitlab.data.making.preparing import prepare
+from vitlab.data.making.sources import Raw, Source, digits, folder, limited
+from vitlab.data.making.write import write_shards
+from vitlab.data.reading.blend import addresses, blend, open_sets, sets_of, training_order
+from vitlab.data.reading.order import Order, chosen, exact
+from vitlab.data.reading.read import ReadPlan, eval_batches, order_of, train_batches
 from vitlab.data.settings import Origin, ShardsConfig, WriteOptions, check_classes, normalisation
-from vitlab.data.sources import Raw, Source, digits, folder, limited
-from vitlab.data.statistics import examples
-from vitlab.data.tars import Sample
-from vitlab.data.write import write_shards
+from vitlab.data.shards.index import ShardInfo, Shards, open_shards
+from vitlab.data.shards.indexing import index_existing
+from vitlab.data.shards.statistics import examples
+from vitlab.data.shards.tars import Sample
+from vitlab.data.stores.remote import is_url, local_path
 
 __all__ = [
     "AugmentConfig",

@@ -11,7 +11,7 @@ from torch import Tensor
 from vitlab.config import Config, UserError, deciding, free
 
 if TYPE_CHECKING:
-    from vitlab.data.index import Shards
+    from vitlab.data.shards.index import Shards
 
 Channel = Annotated[list[float], Field(min_length=1, max_length=3)]
 

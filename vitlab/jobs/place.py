@@ -9,7 +9,7 @@ from typing import Any
 
 from vitlab.batch import Batch
 from vitlab.data import ReadPlan, Shards, ShardsConfig, draw_lots, mixed, normalisation, open_sets
-from vitlab.data.on_device import paint_on_device
+from vitlab.data.images.on_device import paint_on_device
 from vitlab.dist import World
 from vitlab.tracking import Store, TrackingConfig
 

@@ -1,0 +1,1 @@
+"""Images of all kinds of sources to shards: read, checked, packed, resumable."""
