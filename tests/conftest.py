@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+from vitlab.environment import set_for_torch
 
 if TYPE_CHECKING:
     from vitlab.cache import Artifact
@@ -19,7 +20,7 @@ TINY = Path(__file__).parent / "integration" / "tiny.yaml"
 
 def pytest_configure() -> None:
     """One thread, waiting asleep: on busy cores small nets are a hundred times slower with spinning ones."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
+    set_for_torch()
     import torch
 
     torch.set_num_threads(1)

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from vitlab.bench import DataOptions, Row, bench_data, data, loaders, print_data
+from vitlab.bench import DataOptions, Row, bench_data, data, print_data
 from vitlab.bench.data_table import sentences
 from vitlab.bench.loaders import grown, held, tree
 from vitlab.bench.photos import photos
@@ -191,8 +190,7 @@ def test_what_a_process_and_its_children_hold() -> None:
     assert again == pytest.approx(me, rel=0.05)
 
 
-def test_loader_processes_are_measured(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loaders, "get_context", lambda kind: get_context("fork"))  # seconds sooner
+def test_loader_processes_are_measured(place: Path) -> None:
     starts = [partial(side, place, TINY) for side in (data.vitlab_side, data.torchvision_side)]
     one = DataOptions(24, 8, 32, 1, loaders=(1,))
     found = list(grown(starts, "torchvision", one, 1, lambda text: None))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitlab.commands import WORDS
+from vitlab.environment import set_for_torch
 
 if TYPE_CHECKING:
     from vitlab.experiment import Experiment
@@ -33,7 +34,7 @@ def pipeline(
 
     `compares`: its chain loops over `each(run)`, so an experiment may have a `compare` section.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
+    set_for_torch()
     name = Path(sys.argv[0]).name
     section = next((need for need in needs if need in ("finetune", "pretrain")), "pretrain")
     parser = argparse.ArgumentParser(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitlab.commands.figures import writable
+from vitlab.environment import set_for_torch
 
 if TYPE_CHECKING:
     from vitlab.bench import DataOptions
@@ -74,7 +75,7 @@ def add(commands: Any) -> None:
 
 
 def act(given: argparse.Namespace) -> None:
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
+    set_for_torch()
     import torch
 
     from vitlab.bench import (

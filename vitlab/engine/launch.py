@@ -17,6 +17,7 @@ from typing import Any, Literal
 from vitlab.config import Config, UserError, free
 from vitlab.dist import World
 from vitlab.engine.serve import Desk, Post, Work, first_line, serve
+from vitlab.environment import TORCH
 
 
 class ClusterConfig(Config):
@@ -233,7 +234,7 @@ def _environment(threads: int) -> dict[str, str]:
     """What Ray's processes must know before they import anything."""
     return {
         "OMP_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads slow shared machines down tenfold
+        **TORCH,
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
         "RAY_TRAIN_ENABLE_V2": "1",
         "RAY_AIR_NEW_OUTPUT": "0",  # Tune's own progress; the live line has it
