@@ -9,10 +9,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from vitlab.bench import DataOptions, Row, bench_data, data, print_data
 from vitlab.bench.data_table import sentences
 from vitlab.bench.loaders import grown, held, tree
 from vitlab.bench.photos import photos
+from vitlab.bench.turns import Turns, apart, in_turns
 from vitlab.config import UserError
 from vitlab.data import open_shards
 
@@ -93,12 +96,26 @@ def test_turns(monkeypatch: pytest.MonkeyPatch) -> None:
         while True:
             yield order.append(name)
 
-    found = data.in_turns({name: side(name) for name in "abc"}, DataOptions(24, 8, rounds=2))
+    found = in_turns({name: side(name) for name in "abc"}, Turns(2, 3, 8))
     assert "".join(order) == "aaabbbccccccbbbaaa"  # three batches a turn
     assert found == {"a": 1.0, "b": 1.0, "c": 1.0}  # 24 seconds of 24 images
 
 
-def test_rows_and_what_is_shown() -> None:
+def test_sides_in_processes_of_their_own() -> None:
+    with apart({"a": partial(itertools.count, 5)}, 2) as turns:
+        found = in_turns(turns, Turns(2, 3, 8))
+    assert 0 < found["a"] < 1
+
+
+@contextmanager
+def together(starts: Mapping[str, Callable[[], Any]], warm: int) -> Iterator[dict[str, Any]]:
+    """Seconds sooner than with processes."""
+    yield {name: start() for name, start in starts.items()}
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset leaves its tar open
+def test_rows_and_what_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "apart", together)
     threads = torch.get_num_threads()
     said: list[str] = []
     rows = bench_data(TINY, said.append)

@@ -10,6 +10,7 @@ Letters: B samples, N numbers a sample, C channels, H W image.
 from __future__ import annotations
 
 import hashlib
+import sys
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from torch import Tensor
 GOLDEN = 0x9E3779B97F4A7C15  # the constants of splitmix64 (Steele et al., 2014)
 MIX_1 = 0xBF58476D1CE4E5B9
 MIX_2 = 0x94D049BB133111EB
+SPARES = 4  # a step's views, and those of the step before
 CACHED = 2**18  # numbers, so 1 MB of floats: what a core's cache holds beside the rest
 
 
@@ -83,11 +85,38 @@ class Batch:
 
 def _normalised(view: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """B C H W, uint8 → float32, contiguous. On a CPU some images at a time, which stay in its cache."""
-    out = torch.empty(view.shape, device=view.device)
-    each = max(1, CACHED // max(1, view[:1].numel())) if view.device.type == "cpu" else max(1, len(view))
+    if view.device.type != "cpu":
+        return view.float().div_(255).sub_(mean).div_(std).contiguous()
+    out = _room(view.shape)
+    each = max(1, CACHED // max(1, view[:1].numel()))
     for part, whole in zip(torch.split(view, each), torch.split(out, each), strict=True):
         whole.copy_(part).div_(255).sub_(mean).div_(std)
     return out
+
+
+_spare: list[np.ndarray] = [np.empty(0, np.float32)]  # memory of earlier batches, the latest last
+
+
+def _held() -> list[int]:
+    """How many references each of them has."""
+    return [sys.getrefcount(array) for array in _spare]
+
+
+(FREE,) = _held()  # of one that no tensor holds
+
+
+def _room(shape: torch.Size) -> Tensor:
+    """float32, not filled: memory of a batch that nobody holds any more, if there is some of this size.
+
+    New memory costs as much again as what is written to it: the system clears every page first. A tensor
+    made of an array holds it for as long as anything of the tensor lives, so its count of references tells.
+    """
+    free = (i for i, held in enumerate(_held()) if held == FREE and _spare[i].size == shape.numel())
+    found = next(free, None)
+    array = np.empty(shape.numel(), np.float32) if found is None else _spare.pop(found)
+    _spare.append(array)
+    del _spare[:-SPARES]
+    return torch.from_numpy(array).view(shape)
 
 
 def sample_seeds(seed: int, epoch: int, positions: np.ndarray) -> np.ndarray:

@@ -6,9 +6,9 @@ a random crop, scaled to a square and perhaps mirrored, as normalised floats. `v
 documentation shows. What they deliver is compared before anything is timed. The floor below all of them is
 `simplejpeg`, which decodes whole files that lie in memory and does nothing else.
 
-One core: one thread in one process, the sides taking turns. Loader processes are measured by loaders.py. A
-first batch from the middle of an epoch is asked of as many images as ImageNet has: the same tars, named again
-and again.
+One core: one thread, each side in a process of its own (turns.py). Loader processes are measured by
+loaders.py. A first batch from the middle of an epoch is asked of as many images as ImageNet has: the same
+tars, named again and again.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from vitlab.batch import View
 from vitlab.bench.loaders import Start, grown
 from vitlab.bench.photos import photos
 from vitlab.bench.report import Row
+from vitlab.bench.turns import Turns, apart, in_turns
 from vitlab.config import UserError
 from vitlab.data import (
     AugmentConfig,
@@ -239,18 +240,19 @@ def _transform(size: int) -> Any:
 
 def _one_core(place: Path, options: DataOptions, size: float, say: Callable[[str], None]) -> Iterator[Row]:
     say("comparing what the sides deliver")
-    sides: dict[str, Endless] = {
-        "vitlab": vitlab_side(place, options),
-        "torchvision": torchvision_side(place, options),
-        "webdataset": webdataset_side(place, options),
-        "datasets": datasets_side(place, options),
+    sides = {
+        "vitlab": vitlab_side,
+        "torchvision": torchvision_side,
+        "webdataset": webdataset_side,
+        "datasets": datasets_side,
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves tars to the garbage collector
-        alike(sides, options)
-        found = in_turns({**sides, "simplejpeg": decoded(place, options)}, options, say)
-        for batches in sides.values():
-            batches.close()
+        alike({name: side(place, options) for name, side in sides.items()}, options)
+    say("one core: a process for each side")
+    starts = {name: partial(side, place, options) for name, side in (*sides.items(), ("simplejpeg", decoded))}
+    with apart(starts, options.steps) as turns:
+        found = in_turns(turns, Turns(options.rounds, options.steps, options.batch), say)
     ours = found.pop("vitlab")
     for name, theirs in found.items():
         more = {"images/s": 1 / ours, "MB/s": size / ours / 1e6}
@@ -264,7 +266,7 @@ def _one_core(place: Path, options: DataOptions, size: float, say: Callable[[str
 
 
 def alike(sides: Mapping[str, Iterator[Tensor]], options: DataOptions) -> None:
-    """Else different things would be timed. An epoch of each, which warms them up too."""
+    """Else different things would be timed."""
     shape = (options.batch, 3, options.image_size, options.image_size)
     wanted: Tensor | None = None
     for name, batches in sides.items():
@@ -281,21 +283,6 @@ def alike(sides: Mapping[str, Iterator[Tensor]], options: DataOptions) -> None:
             raise RuntimeError(
                 f"{name}: means and spreads of the colours are {figure}, of the first {wanted}"
             )
-
-
-def in_turns(
-    sides: Mapping[str, Iterator[Any]], options: DataOptions, say: Callable[[str], None] = lambda text: None
-) -> dict[str, float]:
-    """Seconds of an image, medians; who goes first goes last in the next round."""
-    found: dict[str, list[float]] = {name: [] for name in sides}
-    for i in range(options.rounds):
-        say(f"one core: round {i + 1} of {options.rounds}")
-        for name in list(sides)[:: -1 if i % 2 else 1]:
-            begin = time.perf_counter()
-            for _ in range(options.steps):
-                next(sides[name])
-            found[name].append((time.perf_counter() - begin) / (options.steps * options.batch))
-    return {name: statistics.median(seconds) for name, seconds in found.items()}
 
 
 # ---------------------------------------------------------------- the first batch
