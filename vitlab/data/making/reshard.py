@@ -1,7 +1,8 @@
 """Tars of WebDataset's layout as a source, to be packed anew: other sizes, other splits, smaller images.
 
 Tars that are already split (by an index, or by names such as train-… and test-…) keep their splits.
-Else they are split by content like any other source.
+Else they are split by content like any other source. The samples come in a fixed mixed order: tars sorted by
+class, as many are, make batches of few classes (see `reading/order.py`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from vitlab.batch import Bad
 from vitlab.config import UserError, digest
@@ -31,25 +34,32 @@ class _Part(NamedTuple):
 
 
 def tars(path: Path) -> Source:
-    """`tars:DIR`: every sample of its tars with its label, in the order of the tars."""
+    """`tars:DIR`: every sample of its tars with its label, mixed."""
     if not path.is_dir():
         raise UserError(f"data.source: tars:{path}: no such directory; give one that holds .tar files")
     parts, classes, bad = _indexed(path) if (path / INDEX).is_file() else _foreign(path)
     split = len({part.split for part in parts if len(part.columns)}) > 1
 
+    ends = np.cumsum([len(part.columns) for part in parts])
+    total = int(ends[-1])
+
     def samples(start: int) -> Iterator[Raw]:
-        number = 0  # of the first sample of a tar
-        for file, columns, side in parts:
-            for row in range(max(start - number, 0), len(columns)):
-                key = columns.keys[row]
-                read = partial(_member, file, columns.offsets[row], columns.sizes[row])
-                origin, own = f"{file.name}: {key}", side if split else None
-                yield Raw(plain_key(number + row, key), columns.labels[row], read, origin, own)
-            number += len(columns)
+        for number, sample in enumerate(np.random.default_rng(0).permutation(total)[start:].tolist(), start):
+            place = int(np.searchsorted(ends, sample, side="right"))
+            file, columns, side = parts[place]
+            row = sample - int(ends[place]) + len(columns)
+            key = columns.keys[row]
+            read = partial(_member, file, columns.offsets[row], columns.sizes[row])
+            yield Raw(
+                plain_key(number, key),
+                columns.labels[row],
+                read,
+                f"{file.name}: {key}",
+                side if split else None,
+            )
 
     stats = [(part.file.name, part.file.stat()) for part in parts]
     mark = digest([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats])
-    total = sum(len(part.columns) for part in parts)
     labelled = any(label != NO_LABEL for part in parts for label in part.columns.labels)
     return Source(f"tars:{path}", samples, classes, total, mark, labelled, split, bad)
 
