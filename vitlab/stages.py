@@ -19,7 +19,7 @@ import yaml
 from vitlab import cache
 from vitlab.cache import Artifact, Claim, Fence, content_key
 from vitlab.config import Config, UserError, digest, flatten, resolved, without_password
-from vitlab.data import Shards, ShardsConfig, addresses, prepare
+from vitlab.data import Shards, ShardsConfig, named, prepare
 from vitlab.engine import checkpoint
 from vitlab.engine.launch import Session
 from vitlab.evaluation import EvaluateConfig
@@ -205,7 +205,7 @@ class Run:
     def _place(self, run_id: str, data: Shards) -> Place:
         experiment = self.experiment
         loaders = experiment.cluster.loaders
-        return Place(self.home, self.store.config, run_id, addresses(data), experiment.data, loaders)
+        return Place(self.home, self.store.config, run_id, named(data), experiment.data, loaders)
 
     # ------------------------------------------------------------ hit, resume or run
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from vitlab.cache import Artifact, present, publish
 from vitlab.config import Config, UserError, build, resolved
-from vitlab.data import Shards, addresses, open_sets
+from vitlab.data import Named, Shards, named, open_named
 from vitlab.engine.launch import JobFailed, connect
 from vitlab.evaluation import save_figure
 from vitlab.evaluation.search import Trial, search_figure
@@ -75,7 +75,7 @@ def _search(run: Run, both: Space, run_id: str, data: Shards, init: Artifact | N
             experiment=_of_trials(run, both),
             metric=config.metric,
             search=run_id,
-            shards=addresses(data),
+            shards=named(data),
             init=init,
         )
         tuner = ray_tune.Tuner(
@@ -159,7 +159,7 @@ def _trial(
     experiment: dict[str, Any],
     metric: str,
     search: str,
-    shards: tuple[str, ...],
+    shards: Named,
     init: Artifact | None,
 ) -> None:
     from ray import tune as ray_tune
@@ -177,7 +177,7 @@ def _trial(
             ray_tune.report({"figure": figures[metric], "epoch": round(part * config.epochs, 6)})
 
     with Run(exp, "search", face=Face(quiet=True), search=search, listen=listen) as run:
-        model = run.finetune(config, data=open_sets(shards, exp.data), init=init)
+        model = run.finetune(config, data=open_named(shards, exp.data), init=init)
         metrics = run.done["finetune"].metrics
     _refuse(metric, metrics)
     ray_tune.report({"figure": metrics[metric], "epoch": config.epochs, "run_id": model.run_id})

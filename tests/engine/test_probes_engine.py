@@ -12,11 +12,12 @@ import torch
 from world import Notes
 
 from vitlab.batch import Batch, View, uniform
-from vitlab.data import ShardsConfig, open_shards, prepare
+from vitlab.data import ShardsConfig, named, open_shards, prepare
 from vitlab.dist import World
 from vitlab.engine.loop import LoopConfig, Plan, make_strategy, train
 from vitlab.evaluation import ProbeConfig
 from vitlab.evaluation.probe import COLLAPSED
+from vitlab.jobs.damage import Ledger
 from vitlab.jobs.place import Place
 from vitlab.jobs.probing import feature_probes
 from vitlab.methods.base import Losses, Method
@@ -73,10 +74,11 @@ def run(job: dict[str, Any], world: World) -> dict[str, Any]:
     optim = {"lr": job.get("rate", 1e-3)}
     config = LoopConfig.model_validate({"epochs": 3, "batch_size": 8, "log_every": 1, "optim": optim})
     data = ShardsConfig(path=shards, image_size=8, channels=1, streams=4)
-    place = Place(Path(shards), TrackingConfig(), "", Path(shards), data, 0)
+    images = open_shards(shards)
+    place = Place(Path(shards), TrackingConfig(), "", named(images), data, 0)
     strategy, notes = make_strategy(method, config, job["zero"], world), Notes()
     asked: Any = config.model_copy(update={"probe": ProbeConfig.model_validate(job["probe"])})
-    probes = feature_probes(asked, place, method, open_shards(Path(shards)), world, notes.note)
+    probes = feature_probes(asked, place, method, images, world, Ledger(place, images, world), notes.note)
     assert method.smooth is not None
     train(method, strategy, Plan(config, 2, lambda s: batches(config, world, s), notes, probes=probes), world)
     modes = [part.training for part in method.modules()]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vitlab.config import UserError, build
-from vitlab.data import ShardsConfig, prepare
+from vitlab.data import ShardsConfig, named, prepare
 from vitlab.dist import World
 from vitlab.evaluation import EvaluateConfig
 from vitlab.evaluation.attention import (
@@ -383,7 +383,7 @@ def evaluated(home: Path, attention: int) -> tuple[str, dict[str, float], list[A
     """The MLflow run, what the job says it measured, and what it posted."""
     store = Store(TrackingConfig(), home)
     run_id = store.start("evaluate", {}, {})
-    place = Place(home, store.config, run_id, home / "shards", DATA, 0)
+    place = Place(home, store.config, run_id, named(prepare(DATA, home / "shards")), DATA, 0)
     job = EvaluateJob(EvaluateConfig(attention=attention), place, home / "model", "evaluate model")
     posts: list[Any] = []
     result = run_evaluation(job, World(device=torch.device("cpu")), lambda *post: posts.append(post))

@@ -66,10 +66,13 @@ def verify(given: argparse.Namespace) -> None:
     from vitlab.config import UserError
     from vitlab.data.making.progress import Meter
     from vitlab.data.shards.inspect import verify as look
+    from vitlab.data.stores.remote import shown
     from vitlab.face import Face, duration
 
     if not isinstance(given.dest, Path):
-        raise UserError(f"{given.dest}: verify looks at folders of this machine; copy the shards into one")
+        raise UserError(
+            f"{shown(given.dest)}: verify looks at folders of this machine; copy the shards into one"
+        )
     face, begin = Face(), time.monotonic()
     with Meter("verifying", "images", _total(given.dest)) as meter:
         found = look(given.dest, decodes=not given.fast, step=_steps(meter))

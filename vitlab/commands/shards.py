@@ -78,10 +78,15 @@ def act(given: argparse.Namespace) -> None:
 def _write(given: argparse.Namespace) -> None:
     from vitlab.config import UserError, build
     from vitlab.data import WriteOptions, index_existing, limited, open_source, write_shards
+    from vitlab.data.stores.remote import shown
     from vitlab.face import Face
 
     if given.limit is not None and given.limit < 1:
         raise UserError(f"--limit: given {given.limit}; allowed: 1 or more")
+    if given.source == "index" and not isinstance(given.dest, Path):
+        raise UserError(
+            f"{shown(given.dest)}: index looks at folders; index there, then copy all to the address"
+        )
     if given.source == "index":
         bound = {} if given.max_bad is None else {"max_bad": given.max_bad}
         made = index_existing(given.dest, **bound)
@@ -92,4 +97,4 @@ def _write(given: argparse.Namespace) -> None:
         source = open_source(given.source, given.image_column, given.label_column)
         made = write_shards(limited(source, given.limit), given.dest, how)
     bad = f"; {len(made.bad)} bad ones left out, see index.json" if made.bad else ""
-    Face().print(f"{made.counted} images of {len(made.classes)} classes in {given.dest}{bad}")
+    Face().print(f"{made.counted} images of {len(made.classes)} classes in {shown(str(given.dest))}{bad}")

@@ -11,11 +11,11 @@ from vitlab.data.making.pixels import arrays
 from vitlab.data.making.preparing import prepare
 from vitlab.data.making.sources import Raw, Source, digits, folder, limited
 from vitlab.data.making.write import write_shards
-from vitlab.data.reading.blend import addresses, blend, open_sets, sets_of, training_order
+from vitlab.data.reading.blend import Named, blend, named, open_named, sets_of, training_order
 from vitlab.data.reading.order import Order, chosen, exact
 from vitlab.data.reading.read import ReadPlan, eval_batches, order_of, train_batches
 from vitlab.data.settings import Origin, ShardsConfig, WriteOptions, check_classes, normalisation
-from vitlab.data.shards.index import ShardInfo, Shards, open_shards
+from vitlab.data.shards.index import ShardInfo, Shards, open_shards, write_json
 from vitlab.data.shards.indexing import index_existing
 from vitlab.data.shards.statistics import examples
 from vitlab.data.shards.tars import Sample
@@ -23,6 +23,7 @@ from vitlab.data.stores.remote import is_url, local_path
 
 __all__ = [
     "AugmentConfig",
+    "Named",
     "Order",
     "Origin",
     "RandAugmentConfig",
@@ -36,7 +37,6 @@ __all__ = [
     "ViewRecipe",
     "WriteOptions",
     "absolute",
-    "addresses",
     "arrays",
     "blend",
     "check_bound",
@@ -57,8 +57,9 @@ __all__ = [
     "limited",
     "local_path",
     "mixed",
+    "named",
     "normalisation",
-    "open_sets",
+    "open_named",
     "open_shards",
     "open_source",
     "order_of",
@@ -67,5 +68,6 @@ __all__ = [
     "train_batches",
     "train_transform",
     "training_order",
+    "write_json",
     "write_shards",
 ]

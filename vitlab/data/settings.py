@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import torch
@@ -77,6 +78,12 @@ class RemoteConfig(Config):
     ahead: int = free(4, ge=0)  # shards fetched before a worker needs them, beside those it reads
     retries: int = free(6, ge=0)  # of one transfer, after pauses that double from half a second
     stall: float = free(20.0, gt=0)  # seconds without a byte until a transfer is tried again
+
+    @model_validator(mode="after")
+    def _absolute(self) -> Self:
+        if self.cache is not None and not Path(self.cache).is_absolute():
+            raise ValueError(f"cache: given {self.cache!r}; give an absolute path, as /scratch/shards")
+        return self
 
 
 class ShardsConfig(Origin, WriteOptions):

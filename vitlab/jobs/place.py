@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vitlab.batch import Batch
-from vitlab.data import ReadPlan, Shards, ShardsConfig, draw_lots, mixed, normalisation, open_sets
+from vitlab.data import Named, ReadPlan, Shards, ShardsConfig, draw_lots, mixed, normalisation, open_named
 from vitlab.data.images.on_device import paint_on_device
 from vitlab.dist import World
 from vitlab.tracking import Store, TrackingConfig
@@ -21,7 +21,7 @@ class Place:
     home: Path
     tracking: TrackingConfig
     run_id: str
-    shards: tuple[str, ...]  # the addresses of its sets
+    shards: Named
     data: ShardsConfig
     loaders: int
 
@@ -29,7 +29,7 @@ class Place:
         return Store(self.tracking, self.home)
 
     def open(self) -> Shards:
-        return open_sets(self.shards, self.data)
+        return open_named(self.shards, self.data)
 
 
 def mover(data: ShardsConfig, world: World, read: ReadPlan | None = None) -> Callable[[Batch], Batch]:

@@ -80,7 +80,7 @@ def run_training(job: TrainJob, world: World, post: Post) -> dict[str, Any]:
     fence = Fence(job.checkpoints)
     may_write = partial(fence.holds, job.token)
     recorder = Recorder(job.place, post, may_write) if world.first else Silent()
-    ledger = Ledger(job.place, shards, world, recorder.note)
+    ledger = Ledger(job.place, shards, world, recorder.note, job.checkpoints)
     plan = Plan(
         config=config,
         steps_per_epoch=order_of(shards, job.place.data, read).steps,

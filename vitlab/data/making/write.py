@@ -46,7 +46,7 @@ from vitlab.data.shards.index import (
     write_json,
 )
 from vitlab.data.shards.tars import NO_LABEL, Sample, examine, write_tar
-from vitlab.data.stores.remote import exists, is_url, join, local_path, upload
+from vitlab.data.stores.remote import exists, is_url, join, local_path, shown, upload
 from vitlab.home import home, locked
 
 LOCK = ".lock"
@@ -103,7 +103,7 @@ def write_shards(source: Source, dest: Path | str, how: WriteOptions | None = No
 
 def _check_free(place: Path, url: str | None) -> None:
     if url and exists(join(url, INDEX)):
-        raise UserError(f"{url}: has shards already; give another address or remove them")
+        raise UserError(f"{shown(url)}: has shards already; give another address or remove them")
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise UserError(f"{place}: is there already and not empty; give a new directory or remove it")
 

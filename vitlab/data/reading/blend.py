@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -172,8 +173,8 @@ class Blend(Shards):
         return " + ".join(part.where for part in self.parts)
 
     @property
-    def digest(self) -> str:
-        parts = [part.digest for part in self.parts]
+    def content(self) -> str:
+        parts = [part.content for part in self.parts]
         return digest({"format": FORMAT, "parts": parts, "weights": list(self.weights)})
 
     def tars(self, split: str) -> list[Tar]:
@@ -184,7 +185,8 @@ class Blend(Shards):
             labels = tuple(number[name] for name in part.classes)
             same = labels == tuple(range(len(labels)))
             tars = part.tars(split) if part.splits.get(split) else []
-            out += [tar._replace(labels=None if same else labels) for tar in tars]
+            here = f"{part.where}/"
+            out += [tar._replace(labels=None if same else labels, set=here) for tar in tars]
         return out
 
     @property
@@ -201,15 +203,26 @@ class Blend(Shards):
         raise AssertionError(f"{info.file}: several sets may have a file of this name; ask `tars`")
 
 
-def open_sets(addresses: Sequence[str], config: ShardsConfig) -> Shards:
-    """What `addresses` named, in another process."""
-    parts = [open_shards(address, config.max_bad, config.remote) for address in addresses]
-    return blend(parts, config.weights)
+class Named(NamedTuple):
+    """What opens shards again in another process, and tells that they are the same."""
+
+    addresses: tuple[str, ...]  # one of each set
+    content: str
 
 
-def addresses(shards: Shards) -> tuple[str, ...]:
-    """What opens shards again, or each of several sets."""
-    return tuple(part.address for part in sets_of(shards))
+def named(shards: Shards) -> Named:
+    return Named(tuple(part.address for part in sets_of(shards)), shards.content)
+
+
+def open_named(name: Named, config: ShardsConfig) -> Shards:
+    """Refuses what was put there in the meantime: nobody may train on it under the old name."""
+    parts = [open_shards(address, config.max_bad, config.remote) for address in name.addresses]
+    shards = blend(parts, config.weights)
+    if shards.content != name.content:
+        raise UserError(
+            f"{shards.where}: holds other shards than when this began; put those back, or start it again"
+        )
+    return shards
 
 
 def sets_of(shards: Shards) -> tuple[Shards, ...]:
@@ -232,7 +245,8 @@ def blend(parts: Sequence[Shards], weights: Sequence[float | None]) -> Shards:
         classes,
         splits,
         made={"sets": [part.made for part in parts]},
-        bad=[one for part in parts for one in part.bad],
+        bad=[one._replace(shard=f"{part.where}/{one.shard}") for part in parts for one in part.bad],
+        lost={f"{part.content}/{file}": size for part in parts for file, size in part.lost.items()},
         parts=tuple(parts),
         weights=tuple(weights),
     )

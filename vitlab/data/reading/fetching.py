@@ -41,8 +41,7 @@ def fetched_ahead(requests: Callable[[], Iterator[Micro]], shards: Shards, reach
     homes = {id(tar.shards): tar.shards for tar in tars if tar.shards.cache is not None}
     if not homes:
         return requests()
-    for home in homes.values():
-        _check_room(home, reach)
+    _check_room([*homes.values()], reach)
     share = 1 / (reach.workers * len(homes))  # of the cache
     fetchers = [_begin(requests(), tars, home, reach, share) for home in homes.values()]
     return _told(requests(), fetchers, reach.early)
@@ -56,12 +55,16 @@ def _told(requests: Iterator[Micro], fetchers: Sequence[Ahead], early: int) -> I
 
 
 def _begin(requests: Iterator[Micro], tars: Sequence[Tar], home: Shards, reach: Reach, share: float) -> Ahead:
+    assert home.cache is not None
+    depth, most = _near(home, reach) + reach.ahead, int(home.cache.most_bytes * share)
+    return Ahead(home.cache, _shards_of(requests, tars, home), depth=depth, most_bytes=most)
+
+
+def _near(home: Shards, reach: Reach) -> int:
+    """How many shards of a set a worker's streams mix at a time."""
     infos = home.split(reach.split)
     mean = sum(info.count for info in infos) / len(infos)
-    near = reach.streams * (1 + math.ceil(reach.window / max(mean, 1)))  # a stream mixes these at a time
-    assert home.cache is not None
-    most = int(home.cache.most_bytes * share)
-    return Ahead(home.cache, _shards_of(requests, tars, home), depth=near + reach.ahead, most_bytes=most)
+    return min(len(infos), reach.streams * (1 + math.ceil(reach.window / max(mean, 1))))
 
 
 def _shards_of(requests: Iterator[Micro], tars: Sequence[Tar], home: Shards) -> Iterator[list[ShardInfo]]:
@@ -71,9 +74,11 @@ def _shards_of(requests: Iterator[Micro], tars: Sequence[Tar], home: Shards) -> 
         yield [tars[i].info for i in places.tolist() if tars[i].shards is home]
 
 
-def _check_room(home: Shards, reach: Reach) -> None:
-    """Every stream of every worker has a shard at hand, or they would fetch the same ones again and again."""
-    infos = home.split(reach.split)
-    assert home.cache is not None
-    at_once = min(len(infos), reach.streams * reach.workers)
-    home.cache.check_room(max(info.bytes for info in infos), at_once)
+def _check_room(homes: Sequence[Shards], reach: Reach) -> None:
+    """All that is mixed at a time must fit, or the same shards would be fetched again and again."""
+    infos = [home.split(reach.split) for home in homes]
+    at_once = sum(
+        min(len(some), _near(home, reach) * reach.workers) for home, some in zip(homes, infos, strict=True)
+    )
+    assert homes[0].cache is not None
+    homes[0].cache.check_room(max(info.bytes for some in infos for info in some), at_once)

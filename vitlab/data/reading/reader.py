@@ -58,7 +58,7 @@ class Reader:
         tar = self.tars[shard]
         row = number - (int(self.ends[shard]) - tar.info.count)
         columns, fd = self._opened(shard)
-        key, label, file = columns.keys[row], columns.labels[row], tar.info.file
+        key, label, file = columns.keys[row], columns.labels[row], tar.name
         try:
             data = _bytes(fd, columns.offsets[row], columns.sizes[row])
         except BadInputError as error:
@@ -78,7 +78,7 @@ class Reader:
                 self.open[shard] = tar._replace(fd=None)
 
     def _opened(self, shard: int) -> tuple[Columns, int]:
-        shards, info, _ = self.tars[shard]
+        shards, info = self.tars[shard][:2]
         tar = self.open.get(shard)
         if tar is None:
             while len(self.open) >= OPEN_TARS:

@@ -8,6 +8,7 @@ The digest names the data by content: the same shards have the same digest where
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from vitlab.home import home
 FORMAT = "vitlab-shards/1"
 INDEX = "index.json"
 SPLITS = ("train", "val", "held_out")
+GONE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR)  # no file there, rather than none for us
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Shards:
     made: dict[str, Any] = field(default_factory=dict)  # how they came to be
     bad: list[Bad] = field(default_factory=list)  # what was in the tars, but could not become a sample
     cache: Cache | None = None  # of those at a URL
+    lost: dict[str, int] = field(default_factory=dict)  # tars that are not whole → bytes that are there
 
     @property
     def where(self) -> str:
@@ -59,10 +62,15 @@ class Shards:
         return self.cache.url if self.cache else str(self.path)
 
     @property
-    def digest(self) -> str:
-        """The content's name: independent of where it lies and of how it came to be."""
+    def content(self) -> str:
+        """The name of what was written: independent of where it lies and of how it came to be."""
         hashes = {name: [info.sha256 for info in infos] for name, infos in self.splits.items() if infos}
         return digest({"format": FORMAT, "classes": self.classes, "splits": hashes})
+
+    @property
+    def digest(self) -> str:
+        """The name of what is read: that of the content, unless some of it is lost."""
+        return digest({"content": self.content, "lost": self.lost}) if self.lost else self.content
 
     def split(self, name: str) -> list[ShardInfo]:
         """The tars of a split that has samples."""
@@ -70,7 +78,7 @@ class Shards:
         if not infos:
             names = [n for n, some in self.splits.items() if some]
             raise UserError(
-                f"{self.path}: no split '{name}'; there are: {', '.join(names)}{nearest(name, names)}"
+                f"{self.where}: no split '{name}'; there are: {', '.join(names)}{nearest(name, names)}"
             )
         return infos
 
@@ -97,32 +105,59 @@ class Shards:
             if self.cache:
                 return self.cache.open_tar(info.file, info.bytes, info.sha256)
             return os.open(self.path / info.file, os.O_RDONLY)
-        except (FileNotFoundError, Missing):
+        except Missing:
             return -1
+        except OSError as error:
+            if error.errno in GONE:
+                return -1
+            why = f"cannot be opened ({error.strerror}); allow it or copy it again"
+            raise UserError(f"{self.path / info.file}: {why}") from None
 
     def columns(self, info: ShardInfo) -> Columns:
         """The samples of one tar, checked to lie inside it."""
         path = columns_path(self.path / info.file)
-        data = _json(_near(self.cache, path.name) if self.cache else path)
-        names = [f.name for f in dataclasses.fields(Columns)]
-        if not isinstance(data, dict) or sorted(data) != sorted(names):
-            raise UserError(f"{path}: expected the columns {', '.join(names)}; {_anew(self.path)}")
-        columns = Columns(**data)
-        lengths = {len(column) for column in data.values()}
-        ends = [o + s for o, s in zip(columns.offsets, columns.sizes, strict=False) if o >= 0 <= s]
-        if lengths != {info.count} or len(ends) != info.count or max(ends, default=0) > info.bytes:
-            raise UserError(
-                f"{path}: does not fit {info.file} with its {info.count} samples; {_anew(self.path)}"
-            )
-        return columns
+        if self.cache is None:
+            return _columns(path, info)
+        try:
+            return _columns(_near(self.cache, path.name), info)
+        except UserError:
+            self.cache.forget(path.name)  # what came was no file of columns: once more
+        try:
+            return _columns(_near(self.cache, path.name), info)
+        except UserError as error:
+            self.cache.forget(path.name)
+            what = str(error).partition(": ")[2].partition("; make it anew")[0]
+            raise UserError(f"{self.where}/{path.name}: {what}; copy it there again") from None
 
 
 class Tar(NamedTuple):
-    """One tar of a split, where it lies, and the number here of each of its classes, if that is another."""
+    """One tar of a split, and where it lies."""
 
     shards: Shards
     info: ShardInfo
-    labels: tuple[int, ...] | None = None
+    labels: tuple[int, ...] | None = None  # the number here of each of its classes, if that is another
+    set: str = ""  # before its name, where several sets may have a file of that name
+
+    @property
+    def name(self) -> str:
+        return self.set + self.info.file
+
+
+def _columns(path: Path, info: ShardInfo) -> Columns:
+    data = _json(path)
+    names = [f.name for f in dataclasses.fields(Columns)]
+    if not isinstance(data, dict) or sorted(data) != sorted(names):
+        raise UserError(f"{path}: expected the columns {', '.join(names)}; {_anew(path.parent)}")
+    columns = Columns(**data)
+    numbers = (columns.offsets, columns.sizes, columns.labels)
+    fits = all(isinstance(column, list) and len(column) == info.count for column in data.values())
+    fits = fits and all(type(n) is int for column in numbers for n in column)
+    pairs = zip(columns.offsets, columns.sizes, strict=True) if fits else ()
+    if not fits or any(o < 0 or s < 0 or o + s > info.bytes for o, s in pairs):
+        raise UserError(
+            f"{path}: does not fit {info.file} with its {info.count} samples; {_anew(path.parent)}"
+        )
+    return columns
 
 
 def columns_path(tar: Path) -> Path:
@@ -163,6 +198,8 @@ def _json(path: Path) -> Any:
         raise UserError(f"{path}: no such file; {_anew(path.parent)}") from None
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}); {_anew(path.parent)}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); allow it or copy it again") from None
 
 
 def open_shards(where: str | Path, max_bad: float = 0.0, remote: RemoteConfig | None = None) -> Shards:
@@ -185,14 +222,16 @@ def open_shards(where: str | Path, max_bad: float = 0.0, remote: RemoteConfig | 
             f"for tars of your own make one with `vitlab shards index {path}`"
         )
     shards = read_index(path)
-    infos = [info for some in shards.splits.values() for info in some]
-    lost = {info.file: _lost(shards, info) for info in infos}
-    missing, total = sum(count for count, _ in lost.values()), sum(info.count for info in infos)
-    if missing > max_bad * total or (not max_bad and any(why for _, why in lost.values())):
-        first = next(why for _, why in lost.values() if why)
-        more = f" ({missing} of {total} samples lost, data.max_bad allows {max_bad:.2%})" if max_bad else ""
-        raise UserError(f"{first}{more}; copy it again or {_anew(path)}")
-    return shards
+    gone: dict[str, int] = {}
+    for split, infos in shards.splits.items():
+        lost = {info.file: _lost(shards, info) for info in infos}
+        missing, total = sum(one.samples for one in lost.values()), sum(info.count for info in infos)
+        first = next((one.why for one in lost.values() if one.why), "")
+        if missing > max_bad * total or (first and not max_bad):
+            how = f" ({missing} of {total} {split} samples lost, data.max_bad allows {max_bad:.2%})"
+            raise UserError(f"{first}{how if max_bad else ''}; copy it again or {_anew(path)}")
+        gone |= {file: one.there for file, one in lost.items() if one.why}
+    return dataclasses.replace(shards, lost=gone)
 
 
 def _open_remote(url: str, config: RemoteConfig) -> Shards:
@@ -226,27 +265,36 @@ def read_index(path: Path) -> Shards:
         bad = [Bad(*one) for one in data.get("bad", [])]
         shards = Shards(path, list(data["classes"]), splits, dict(data.get("made", {})), bad)
         whole = data["digest"] == shards.digest
+        counted = all(
+            type(info.count) is type(info.bytes) is int for some in splits.values() for info in some
+        )
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path / INDEX}: not as this version writes it ({error!r}); {_anew(path)}") from None
-    if not whole:
+    if not whole or not counted:
         raise UserError(
             f"{path / INDEX}: its digest does not fit its content, it was changed by hand; {_anew(path)}"
         )
     return shards
 
 
-def _lost(shards: Shards, info: ShardInfo) -> tuple[int, str]:
-    """How many samples of a tar are not there any more, and why; a file that has grown is another one."""
+class _Lost(NamedTuple):
+    samples: int = 0
+    there: int = 0  # bytes
+    why: str = ""
+
+
+def _lost(shards: Shards, info: ShardInfo) -> _Lost:
+    """What is not there any more of a tar, and why; a file that has grown is another one."""
     tar = shards.path / info.file
     if Path(info.file).name != info.file:
         raise UserError(f"{shards.path / INDEX}: {info.file!r} is no plain file name; {_anew(shards.path)}")
     if not tar.is_file():
-        return info.count, f"{tar}: the index names this file, but it is missing"
+        return _Lost(info.count, 0, f"{tar}: the index names this file, but it is missing")
     size = tar.stat().st_size
     if size == info.bytes:
-        return 0, ""
+        return _Lost()
     why = f"{tar}: has {size} bytes, but {info.bytes} in the index"
     if size > info.bytes:
         raise UserError(f"{why}; copy it again or {_anew(shards.path)}")
     columns = shards.columns(info)
-    return sum(o + s > size for o, s in zip(columns.offsets, columns.sizes, strict=True)), why
+    return _Lost(sum(o + s > size for o, s in zip(columns.offsets, columns.sizes, strict=True)), size, why)

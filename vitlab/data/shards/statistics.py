@@ -187,7 +187,8 @@ def examples(
     for tar in _spread_over(shards.tars("train"), TARS):
         columns = tar.shards.columns(tar.info)
         for offset, size, label in zip(columns.offsets, columns.sizes, columns.labels, strict=True):
-            here = label if tar.labels is None or label == NO_LABEL else tar.labels[label]
+            here = label if 0 <= label < len(tar.shards.classes) else NO_LABEL
+            here = tar.labels[here] if tar.labels is not None and here != NO_LABEL else here
             found.setdefault(here, []).append((tar, offset, size))
     images, labels, small = [], [], eval_transform(side)
     for label in _spread_over(sorted(found), classes):

@@ -28,6 +28,7 @@ from vitlab.config import UserError
 from vitlab.data.shards.scan import Damage, Member, Read, compressed, sweep, walk
 
 IMAGES = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
+OTHERS = ("jxl", "avif", "heic", "heif", "jp2", "jfif", "svg")  # images that nothing here reads
 LABEL = "cls"
 NO_LABEL = -1
 LABEL_DIGITS = 9
@@ -231,9 +232,11 @@ class _Found:
     def finish(self) -> None:
         self._close()
         for place, key, have in self.without:
-            if self.beside.intersection(have):  # anything else, as a README.md, is no part of a sample
+            ends = {extension.rpartition(".")[2] for extension in have}
+            if self.beside.intersection(have) or ends.intersection((*IMAGES, *OTHERS)):
                 found = shown(", ".join(have))
-                reason = f"byte {place}: no image, only {found}; allowed: {', '.join(IMAGES)}"
+                dotted = "; a dot in a name ends the key, rename it" if ends.intersection(IMAGES) else ""
+                reason = f"byte {place}: no image, only {found}; allowed: {', '.join(IMAGES)}{dotted}"
                 self._name("no_image", place, key, reason)
         for key, row in self.rows.items():
             if self.labelled and not row.has_label and key not in self.torn:
