@@ -84,7 +84,8 @@ def test_what_is_bad_is_told(whole: Path, tmp_path: Path, vitlab: Said) -> None:
     assert code == 1
     assert re.search(r"missing_shard +a shard's file is missing +1 *\n", said)
     assert "missing_shard: train-000000.tar: the file is missing, and with it 16 samples\n" in said
-    assert re.search(rf"vitlab: {re.escape(str(path))}: 2 bad in 60 images in \d tars", said.splitlines()[-1])
+    line = rf"vitlab: {re.escape(str(path))}: 2 bad things found in 60 images in \d tars"
+    assert re.search(line, said.splitlines()[-1])
     written = json.loads((tmp_path / "bad.json").read_text("utf8"))
     assert written["counts"] == {"missing_shard": 1, "changed_tar": 1}
     assert [one["shard"] for one in written["bad"]] == ["train-000000.tar", "train-000001.tar"]

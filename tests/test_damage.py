@@ -72,6 +72,8 @@ def test_a_missing_shard_is_told_before_anything_starts(
     made: Shards, tmp_path: Path, finetuned: Finetuned, home: Path
 ) -> None:
     damaged(made, tmp_path / "d", 0, shard=True)
-    with pytest.raises(UserError, match=r"the index names this file, but it is missing \(\d+ of 1797") as e:
+    with pytest.raises(
+        UserError, match=r"the index names this file, but it is missing \(\d+ of 1261 train"
+    ) as e:
         finetuned(*SHORT, "data.source=null", f"data.path={tmp_path / 'd'}")
     assert "\n" not in str(e.value)

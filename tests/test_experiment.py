@@ -267,8 +267,8 @@ def test_the_same_words_from_another_directory(tmp_path: Path, monkeypatch: pyte
 def _run(overrides: list[str], pipeline: str = "notebook") -> Shards:
     """The shards of a run that was not entered, so without a store."""
     exp = read(TINY, ["pretrain=null", "distill=null", "tune=null", "finetune=null", *overrides])
-    run = Run(exp, pipeline)
-    run.store, run.run_id = SimpleNamespace(tag=lambda *_: None), "none"  # type: ignore[assignment]
+    run, nothing = Run(exp, pipeline), lambda *_: None
+    run.store, run.run_id = SimpleNamespace(tag=nothing, upload_file=nothing), "none"  # type: ignore[assignment]
     return run.shards(exp.data)
 
 

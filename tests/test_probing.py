@@ -59,11 +59,11 @@ def test_collapse_is_told_in_one_line() -> None:
 
 def test_which_figure_stands_for_a_stage() -> None:
     metrics = {"train/loss": 1.0, "val/loss": 2.0, "probe/linear_top1": 0.9, "probe/knn_top1": 0.8}
-    assert figured(metrics) == "validation kNN top-1 80.00%"
-    assert figured(metrics | {"val/top1": 0.7}) == "validation top-1 70.00%"
-    assert figured({"eval/linear_top1": 0.9, "eval/knn_top1": 0.8}) == "held-out kNN top-1 80.00%"
+    assert figured(metrics, "held_out") == "validation kNN top-1 80.00%"
+    assert figured(metrics | {"val/top1": 0.7}, "held_out") == "validation top-1 70.00%"
+    assert figured({"eval/linear_top1": 0.9, "eval/knn_top1": 0.8}, "val") == "val kNN top-1 80.00%"
     few = {"eval/lowshot_10_top1": 0.7, "eval/lowshot_2_top1": 0.6, "eval/lowshot_2_std": 0.1}
-    assert figured(few) == "held-out 2-shot top-1 60.00%"
+    assert figured(few, "held_out") == "held-out 2-shot top-1 60.00%"
 
 
 # ---------------------------------------------------------------- the stages

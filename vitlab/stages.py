@@ -287,7 +287,7 @@ class Run:
     def _done(self, label: str, outcome: cache.Outcome, begin: float, done: Done) -> Artifact:
         self.done[label] = done
         _, artifact, metrics = done
-        figure = figured(metrics)
+        figure = figured(metrics, self.experiment.evaluate.split)
         label = self.within + label
         self.face.done(Row(label, outcome, time.monotonic() - begin, figure, artifact.run_id))
         if self.search is not None:

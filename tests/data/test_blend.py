@@ -239,7 +239,8 @@ def test_classes_are_united_by_name() -> None:
     assert [tar.info.count for tar in both.tars("train")] == [20, 30, 40, 8]
     assert {split: both.count(split) for split in both.splits} == {"train": 98, "val": 4, "held_out": 5}
     assert [tar.shards for tar in both.tars("held_out")] == [DOGS]
-    assert both.bad == [*CATS.bad, *DOGS.bad, *MORE.bad]
+    named = ((part, one) for part in (CATS, DOGS, MORE) for one in part.bad)
+    assert both.bad == [one._replace(shard=f"{part.where}/{one.shard}") for part, one in named]
     assert both.made == {"sets": [CATS.made, DOGS.made, MORE.made]}
     assert both.where == "cats + dogs + more"
     assert sets_of(both) == (CATS, DOGS, MORE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import shutil
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -17,6 +18,7 @@ import torch
 from samples import config, images, shards, source
 
 from vitlab.batch import Batch, View
+from vitlab.config import UserError
 from vitlab.data import (
     AugmentConfig,
     ReadPlan,
@@ -24,6 +26,9 @@ from vitlab.data import (
     ShardsConfig,
     WriteOptions,
     eval_batches,
+    named,
+    open_named,
+    open_shards,
     order_of,
     train_batches,
     write_shards,
@@ -182,3 +187,36 @@ def test_a_blend_names_sets_classes_in_common(both: Shards) -> None:
 def classes_of(part: Shards, split: str) -> Iterator[str]:
     for tar in part.tars(split):
         yield from (part.classes[label] for label in part.columns(tar.info).labels)
+
+
+def test_bad_samples_of_sets_stay_apart(tmp_path: Path) -> None:
+    """Tars of two sets have the same names, and so have their keys."""
+    made = [shards(tmp_path / name, n=40, size=9) for name in "ab"]
+    for part in made:
+        info = part.split("train")[0]
+        columns = part.columns(info)
+        with (part.path / info.file).open("r+b") as tar:
+            tar.seek(columns.offsets[0] + 40)
+            tar.write(bytes(columns.sizes[0] - 40))
+    both = blend([open_shards(part.path) for part in made], [None, None])
+    batches = eval_batches(both, config(Path("both")), "train", 8, World(0, 1, torch.device("cpu")))
+    bad = [one for batch in batches for one in batch.bad]
+    assert len({one.key for one in bad}) == 1
+    assert {one.shard for one in bad} == {f"{part.where}/{part.split('train')[0].file}" for part in made}
+
+
+def test_what_is_lost_is_in_the_digest_and_what_was_exchanged_is_refused(tmp_path: Path) -> None:
+    made = shards(tmp_path / "a", n=60, size=9)
+    name = named(made)
+    settings = config(made.path, max_bad=0.5)
+    assert open_named(name, settings).digest == made.digest
+    lost = made.split("train")[1]
+    (made.path / lost.file).unlink()
+    found = open_named(name, settings)
+    assert found.content == made.content
+    assert found.digest != made.digest
+    assert blend([found, made], [None, None]).digest != blend([made, made], [None, None]).digest
+    shutil.rmtree(made.path)
+    shards(tmp_path / "a", n=61, size=9)
+    with pytest.raises(UserError, match=r"a: holds other shards than when this began"):
+        open_named(name, settings)

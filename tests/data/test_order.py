@@ -201,7 +201,7 @@ def mixing(shards: int, classes: int, streams: int, window: int) -> Mixed:
 
 
 @pytest.mark.parametrize(
-    ("shards", "classes", "streams", "window", "classes_seen", "successive", "together", "apart"),
+    ("shards", "classes", "streams", "window", "classes_seen", "successive", "met", "apart"),
     [
         # a true shuffle of 100 classes: 92.4 of them in a batch, 0.010 successive, 0.0026, 0.333
         (100, 100, 8, 1000, (14, 17), 0.72, 0.034, 0.02),
@@ -219,14 +219,14 @@ def test_mixing_of_sorted_data(
     window: int,
     classes_seen: tuple[int, int],
     successive: float,
-    together: float,
+    met: float,
     apart: float,
 ) -> None:
     """A batch meets as many shards as the streams have open, so of sorted data as many classes, no more."""
     found = mixing(shards, classes, streams, window)
     assert classes_seen[0] < found.classes < classes_seen[1]
     assert found.successive < successive
-    assert found.together < together
+    assert found.together < met
     assert found.apart > apart
     assert found.shards <= streams * (window / 1000 + 2)
 

@@ -45,7 +45,14 @@ def test_without_options_bytes_are_copied(kind: str) -> None:
     extension = {"JPEG": "jpg", "TIFF": "tif"}.get(kind, kind.lower())
     assert packed(data, WriteOptions()) == (extension, data)
     assert packed(data, WriteOptions(resize=64)) == (extension, data)  # no larger than asked for
-    if kind != "WEBP":  # Pillow looks at all of it
+    if kind in ("PNG", "JPEG"):  # which tell their end
+        with pytest.raises(BadInputError) as cut:
+            packed(data[:-20], WriteOptions())
+        assert cut.value.kind == "cut_image"
+        with pytest.raises(BadInputError) as large:
+            packed(data, WriteOptions(max_pixels=95))
+        assert large.value.kind == "too_large"
+    elif kind != "WEBP":  # Pillow looks at all of it
         assert packed(data[:-20], WriteOptions())[1] == data[:-20]  # its header is well
     extension, smaller = packed(data, WriteOptions(resize=32))
     assert extension == ("jpg" if kind == "JPEG" else "png")

@@ -45,14 +45,14 @@ def remote(folder: Path, tars: float, made: Shards, **more: object) -> RemoteCon
 
 @pytest.mark.parametrize("loaders", [0, 2])
 def test_a_bad_server_changes_nothing(made: Shards, server: Server, tmp_path: Path, loaders: int) -> None:
-    """Every third answer is an error and every tenth never comes; the cache holds half of the shards."""
+    """Every third answer is an error and every tenth never comes; the cache does not hold all shards."""
     wanted = list(train_batches(made, config(made.path), plan()))
 
     def rule(number: int, name: str) -> str:
         return "silent" if number % 10 == 0 else "500" if number % 3 == 0 else "well"
 
     server.rule = rule
-    there = remote(tmp_path / "cache", 8, made)
+    there = remote(tmp_path / "cache", 12.1, made)
     found = open_shards(server.url, remote=there)
     assert found.digest == made.digest
     assert len(made.split("train")) > 12
@@ -77,7 +77,7 @@ def test_evaluation_over_the_web(made: Shards, server: Server, tmp_path: Path) -
 def test_a_server_that_is_gone_is_one_line_in_the_stated_time(
     made: Shards, server: Server, tmp_path: Path, loaders: int
 ) -> None:
-    there = remote(tmp_path / "cache", 8, made, retries=1)
+    there = remote(tmp_path / "cache", 12.1, made, retries=1)
     found = open_shards(server.url, remote=there)
     batches = train_batches(found, config(Path(server.url), remote=there.model_dump()), plan(loaders=loaders))
     next(batches)
@@ -108,5 +108,5 @@ def test_a_shard_that_is_missing_there_is_counted(made: Shards, server: Server, 
 def test_a_cache_without_room_is_refused(made: Shards, server: Server, tmp_path: Path) -> None:
     there = remote(tmp_path / "cache", 2, made)
     found = open_shards(server.url, remote=there)
-    with pytest.raises(UserError, match=r"4 shards of up to .* must lie there at once; allow at least"):
+    with pytest.raises(UserError, match=r"12 shards of up to .* must lie there at once; allow at least"):
         train_batches(found, config(Path(server.url), remote=there.model_dump()), plan())

@@ -83,10 +83,11 @@ def verify(given: argparse.Namespace) -> None:
         face.print(f"note: {warning}")
     if len(found.warnings) > FIRST:
         face.print(f"note: … and {len(found.warnings) - FIRST} more of these")
-    size = f"{found.images:,} images in {found.tars} tars, {found.bytes / 1e6:,.1f} MB"
+    tars = f"{found.tars} tar{'s' * (found.tars != 1)}"
+    size = f"{found.images:,} images in {tars}, {found.bytes / 1e6:,.1f} MB"
     took = duration(time.monotonic() - begin)
     if found.bad:
-        face.problem(f"{given.dest}: {len(found.bad):,} bad in {size}, {took}")
+        face.problem(f"{given.dest}: {len(found.bad):,} bad things found in {size}, {took}")
         sys.exit(1)
     known = f", {found.known} bad members that the index knows" if found.known else ""
     fast = ", images not decoded" if given.fast else ""

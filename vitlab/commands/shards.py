@@ -96,5 +96,6 @@ def _write(given: argparse.Namespace) -> None:
         how = build(WriteOptions, {name: value for name, value in options.items() if value is not None})
         source = open_source(given.source, given.image_column, given.label_column)
         made = write_shards(limited(source, given.limit), given.dest, how)
-    bad = f"; {len(made.bad)} bad ones left out, see index.json" if made.bad else ""
+    bad = f"; {len(made.bad)} bad, named in index.json" if made.bad else ""
+    bad += "" if made.classes else "; no labels: there is no KEY.cls beside the images"
     Face().print(f"{made.counted} images of {len(made.classes)} classes in {shown(str(given.dest))}{bad}")

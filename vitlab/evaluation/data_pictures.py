@@ -156,7 +156,7 @@ def _draw_classes(axes: Axes, classes: Sequence[str], counts: Mapping[str, Seque
         names = [shortened(name) for name in classes]
         size = 8 if len(names) <= 20 else 6
         axes.set_xticks(range(len(names)), names, fontsize=size)
-        if max(map(len, names)) * len(names) > 60:  # letters that fit side by side
+        if max(map(len, names), default=0) * len(names) > 60:  # letters that fit side by side
             for text in axes.get_xticklabels():
                 text.set(rotation=45, ha="right", rotation_mode="anchor")
     axes.set_title("images of each class", fontsize=9)

@@ -73,7 +73,9 @@ class Ledger:
         met = [one for some in self.met.values() for one in some.values()]
         if len(met) > self.told and self.world.first and self.note:
             kinds = ", ".join(f"{n} {kind}" for kind, n in counts(met).items())
-            self.note(f"{len(met)} samples cannot be read and are passed over: {kinds}; data/bad_samples.csv")
+            self.note(
+                f"{len(met)} bad so far, passed over: {kinds}; the run's data/bad_samples.csv lists them"
+            )
         self.told = len(met)
 
     def all(self) -> list[Bad]:

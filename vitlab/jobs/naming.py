@@ -21,7 +21,8 @@ def title(label: str, config: Config) -> str:
     return " · ".join(parts)
 
 
-def figured(metrics: dict[str, float]) -> str:
+def figured(metrics: dict[str, float], split: str) -> str:
+    """`split`: what was evaluated."""
     found = (re.fullmatch(r"eval/lowshot_(\d+)_top1", name) for name in metrics)
     shots = sorted(int(match[1]) for match in found if match)
     for name, text in (
@@ -36,7 +37,7 @@ def figured(metrics: dict[str, float]) -> str:
         ("train/loss", "training loss {:.4f}"),
     ):
         if name in metrics:
-            return text.format(metrics[name])
+            return text.format(metrics[name]).replace("held-out", split.replace("_", "-"))
     return ""
 
 

@@ -1,7 +1,8 @@
 """What becomes of one image on its way into a shard: looked at, and made smaller where that was asked for.
 
-Without `resize` and `quality` the bytes are copied, and the check is cheap: Pillow reads the header, not
-the pixels. A file that is broken further on is found when it is read. With either, pixels are decoded:
+Without `resize` and `quality` the bytes are copied, and the check is cheap: the header is read, and whether
+the file has its end, not the pixels. One that is broken in between is found when it is read. With either,
+pixels are decoded:
 
 - `resize`: what has a longer shorter side is scaled down (Lanczos). A JPEG stays one, of quality 95; other
   formats become PNG. What is small enough is copied.
@@ -27,6 +28,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vitlab.data.bad import BadInputError
+from vitlab.data.images.jpeg import read_header
 from vitlab.data.settings import WriteOptions
 
 EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp", "BMP": "bmp", "GIF": "gif"}
@@ -59,6 +61,7 @@ def packed(data: bytes, how: WriteOptions) -> tuple[str, bytes]:
     image = _opened(data)
     smaller = how.resize is not None and min(image.size) > how.resize
     if how.quality is None and not smaller:
+        _check_copied(image, data, how.max_pixels)
         return EXTENSIONS[str(image.format)], data
     lossy = how.quality is not None or image.format in ("JPEG", "MPO")
     out = io.BytesIO()
@@ -68,6 +71,20 @@ def packed(data: bytes, how: WriteOptions) -> tuple[str, bytes]:
     else:
         drawn.save(out, "PNG")
     return "jpg" if lossy else "png", out.getvalue()
+
+
+def _check_copied(image: Image.Image, data: bytes, max_pixels: int) -> None:
+    """What can be seen without decoding: a size that no reader will take, and a file that ends early."""
+    if image.format in ("JPEG", "MPO"):
+        read_header(data)
+        least = 8  # the reader decodes a JPEG at an eighth, if need be
+    else:
+        least = 1
+    if -(-image.width // least) * -(-image.height // least) > max_pixels:
+        size = f"{image.height}×{image.width} pixels"
+        raise BadInputError("too_large", f"has {size}, data.max_pixels allows {max_pixels} in all")
+    if image.format == "PNG" and b"IEND" not in data[-64:]:
+        raise BadInputError("cut_image", "the PNG ends before its end mark")
 
 
 def _opened(data: bytes) -> Image.Image:

@@ -23,6 +23,7 @@ from vitlab.data.shards.tars import NO_LABEL, Examined, examine, shown
 
 PREFIXES = {"train": "train", "val": "val", "held_out": "held_out", "test": "held_out"}
 PACKED = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
+KEPT = ("no_label", "wrong_label")  # bad, but samples still: methods without labels learn from them
 AT_A_TIME = 8  # tars; more would only make one disk seek
 MOST_CLASSES = 100_000  # without names, a higher number is rather a wrong label than a class
 SHOW_AFTER = 2.0  # seconds until a progress line appears
@@ -41,8 +42,10 @@ def index_existing(path: Path, classes: Sequence[str] | None = None, max_bad: fl
         raise UserError(f"{path}: no such directory; give one that holds .tar files")
     listed = sorted(path.glob("*.tar"))
     tars = [tar for tar in listed if tar.is_file()]
+    packed = sorted(file.name for file in path.iterdir() if file.name.lower().endswith(PACKED))
+    if tars and packed:
+        raise UserError(f"{path}: holds compressed tars too, as {packed[0]}; unpack them or move them away")
     if not tars:
-        packed = sorted(file.name for file in path.iterdir() if file.name.lower().endswith(PACKED))
         if packed:
             raise UserError(
                 f"{path}: no .tar file in it, only compressed ones such as {packed[0]}; unpack them first"
@@ -61,7 +64,7 @@ def index_existing(path: Path, classes: Sequence[str] | None = None, max_bad: fl
     if not samples:
         raise UserError(f"{path}: no sample in {len(tars)} tars; the first: {bad[0]}")
     way = "mend them, or leave them out with --max-bad 1: index.json then names them all"
-    check_bound(bad, samples + len(bad), max_bad, str(path), way)
+    check_bound(bad, samples + sum(one.kind not in KEPT for one in bad), max_bad, str(path), way)
     splits: dict[str, list[ShardInfo]] = {name: [] for name in SPLITS}
     for tar, one in zip(tars, found, strict=True):
         if len(one.columns):
