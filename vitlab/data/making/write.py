@@ -28,12 +28,11 @@ from vitlab.batch import Bad
 from vitlab.config import UserError, digest
 from vitlab.data.bad import BadInputError, counts
 from vitlab.data.making.journal import JOURNAL, Entry, begun
-from vitlab.data.making.opening import open_source
 from vitlab.data.making.packing import packed, pillow_at_work, side
 from vitlab.data.making.progress import Meter
-from vitlab.data.making.sources import Raw, Source, limited
+from vitlab.data.making.sources import Raw, Source
 from vitlab.data.making.threads import in_order
-from vitlab.data.settings import ShardsConfig, WriteOptions, check_classes
+from vitlab.data.settings import WriteOptions
 from vitlab.data.shards.index import (
     FORMAT,
     INDEX,
@@ -62,22 +61,6 @@ class Placed(NamedTuple):
     position: int
     split: str
     sample: Sample
-
-
-def prepare(config: ShardsConfig, dest: Path) -> Shards:
-    """The shards of an experiment: those at `config.path`, or at `dest`, written there from `config.source`.
-
-    `dest` is written once. A source that has grown is seen again after the folder was deleted.
-    """
-    if config.path is not None:
-        shards = open_shards(config.path, config.max_bad, config.remote)
-    elif (dest / INDEX).is_file():
-        shards = open_shards(dest, config.max_bad)
-    else:
-        source = open_source(str(config.source), config.image_column, config.label_column)
-        shards = write_shards(limited(source, config.limit), dest, config)
-    check_classes(config, shards)
-    return shards
 
 
 def write_shards(source: Source, dest: Path | str, how: WriteOptions | None = None) -> Shards:
