@@ -118,12 +118,14 @@ class Shards:
         path = columns_path(self.path / info.file)
         if self.cache is None:
             return _columns(path, info)
+        near = _near(self.cache, path.name)
         try:
-            return _columns(_near(self.cache, path.name), info)
+            return _columns(near, info)
         except UserError:
             self.cache.forget(path.name)  # what came was no file of columns: once more
+        near = _near(self.cache, path.name)
         try:
-            return _columns(_near(self.cache, path.name), info)
+            return _columns(near, info)
         except UserError as error:
             self.cache.forget(path.name)
             what = str(error).partition(": ")[2].partition("; make it anew")[0]
