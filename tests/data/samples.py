@@ -9,9 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from vitlab.batch import Batch, View
 from vitlab.data import Raw, ReadPlan, Shards, ShardsConfig, Source, WriteOptions, write_shards
+from vitlab.data.images import augment
+from vitlab.data.images.decode import Box, Region
 from vitlab.data.making.sources import png
 
 VIEWS = (View("one", 8), View("two", 6))
@@ -22,7 +25,7 @@ def images(n: int, seed: int = 0, channels: int = 1) -> list[np.ndarray]:
     return list(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
 
 
-def photo(channels: int = 3, side: int = 64) -> torch.Tensor:
+def photo(channels: int = 3, side: int = 64) -> Tensor:
     """A part of a real photograph, uint8 C H W: colours that lie beside one another as colours do."""
     from sklearn.datasets import load_sample_image
     from torchvision.transforms.v2 import functional as F
@@ -90,3 +93,13 @@ def one_line(error: BaseException) -> str:
     assert text
     assert "\n" not in text
     return text
+
+
+def region_of(image: Tensor, top: int = 0, left: int = 0, scale: int = 1) -> Region:
+    """Of an image C H W, as its memory lies."""
+    return Region(image.permute(1, 2, 0).numpy(), top, left, scale)
+
+
+def resampled(region: Region, box: Box, how: str) -> Tensor:
+    """C rows columns."""
+    return torch.from_numpy(augment.resampled(region, box, how)).permute(2, 0, 1)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image, ImageFilter, ImageOps
-from samples import all_same, config, photo, plan, shards
+from samples import all_same, config, photo, plan, region_of, resampled, shards
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
@@ -18,9 +18,8 @@ from vitlab.batch import View, uniform
 from vitlab.config import UserError, build
 from vitlab.data import AugmentConfig, eval_transform, train_batches, train_transform
 from vitlab.data.images import augment as augment_module
-from vitlab.data.images.augment import resampled
 from vitlab.data.images.colours import jitter, to_tensor
-from vitlab.data.images.decode import Box, Region
+from vitlab.data.images.decode import Box
 from vitlab.data.images.recipes import PRESETS
 
 FULL = AugmentConfig(crop_scale=[0.5, 1.0], pad=1, flip=True, rotate=20, zoom=0.1)
@@ -133,8 +132,8 @@ def test_resampling_is_torchvision_s(
         box = Box(top, left, h, w, rows, columns)
         theirs = F.resized_crop(planes, *box[:4], [rows, columns], F.InterpolationMode(how), antialias=True)
         for image in (planes, side_by_side):
-            assert torch.equal(resampled(Region(image), box, how), theirs)
-        moved = Region(side_by_side[:, top:, left:], top, left)
+            assert torch.equal(resampled(region_of(image), box, how), theirs)
+        moved = region_of(side_by_side[:, top:, left:], top, left)
         assert torch.equal(resampled(moved, box, how), theirs)
 
 
@@ -156,8 +155,8 @@ def test_boxes_of_scaled_regions(how: str, channels: int) -> None:
         box = Box(top, left, side, side, 56, 50)
         theirs = F.resized_crop(whole, *box[:4], [56, 50], F.InterpolationMode(how), antialias=True)
         for region in (
-            Region(small, 0, 0, 4),
-            Region(small[:, top // 4 :, left // 4 :], top & ~3, left & ~3, 4),
+            region_of(small, 0, 0, 4),
+            region_of(small[:, top // 4 :, left // 4 :], top & ~3, left & ~3, 4),
         ):
             ours = resampled(region, box, how)
             assert ours.shape == theirs.shape

@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
-from samples import one_line
+from samples import one_line, region_of, resampled
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from vitlab.data.bad import BadInputError
-from vitlab.data.images.augment import resampled
 from vitlab.data.images.decode import Box, JpegPicture, Picture, Region, open_picture
 from vitlab.data.images.decode import decode as decode_whole
 
@@ -61,7 +60,7 @@ def shown(region: Region, box: Box) -> Tensor:
     """The box of a region at full scale."""
     assert region.scale == 1
     top, left = box.top - region.top, box.left - region.left
-    return region.pixels[:, top : top + box.height, left : left + box.width]
+    return torch.from_numpy(region.pixels[top : top + box.height, left : left + box.width]).permute(2, 0, 1)
 
 
 def boxes(height: int, width: int, n: int = 12) -> list[Box]:
@@ -105,13 +104,13 @@ def test_a_crop_of_a_jpeg_is_pillow_s_bit_by_bit(name: str) -> None:
     assert (picture.height, picture.width) == (150, 201)
     assert torch.equal(decode_whole(data, 3), whole)
     for box in boxes(150, 201):
-        assert torch.equal(shown(picture.region(box), box), shown(Region(whole), box))
+        assert torch.equal(shown(picture.region(box), box), shown(region_of(whole), box))
 
 
 def test_rows_below_the_crop_are_not_decoded() -> None:
     for name, rows in (("4:2:0", 32), ("4:4:4", 24), ("progressive", 150)):
         region = open_picture(jpeg(**JPEGS[name]), 3).region(Box(3, 5, 16, 50, 224, 224))
-        assert region.pixels.shape == (3, rows, 201)
+        assert region.pixels.shape == (rows, 201, 3)
 
 
 @pytest.mark.parametrize("how", ["bilinear", "bicubic"])
@@ -130,8 +129,8 @@ def test_one_region_serves_several_boxes() -> None:
     picture, whole = open_picture(data, 3), plain(data)
     several = boxes(100, 201, 6)
     region = picture.region(*several)
-    assert region.pixels.shape[1] < 150
-    assert all(torch.equal(shown(region, box), shown(Region(whole), box)) for box in several)
+    assert region.pixels.shape[0] < 150
+    assert all(torch.equal(shown(region, box), shown(region_of(whole), box)) for box in several)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -145,8 +144,8 @@ def test_crops_of_turned_pictures(orientation: int) -> None:
     assert torch.equal(decode_whole(data, 3), whole)
     for box in boxes(picture.height, picture.width):
         region = picture.region(box)
-        assert torch.equal(shown(region, box), shown(Region(whole), box))
-        assert orientation == 1 or region.pixels.shape[1:] == (box.height, box.width)
+        assert torch.equal(shown(region, box), shown(region_of(whole), box))
+        assert orientation == 1 or region.pixels.shape[:2] == (box.height, box.width)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -445,7 +444,7 @@ def test_mutated_files(name: str) -> None:
 
 
 def test_a_picture_is_its_pixels() -> None:
-    pixels = torch.zeros(3, 5, 7, dtype=torch.uint8)
+    pixels = np.zeros((5, 7, 3), np.uint8)
     picture = Picture(pixels)
     assert (picture.height, picture.width) == (5, 7)
     assert picture.region(Box(1, 1, 2, 2, 9, 9)) == Region(pixels, 0, 0, 1)

@@ -69,7 +69,7 @@ class Transform:
         views = self.room(len(images), images[0].shape[0])
         for image, u, view in zip(images, self.numbers(seeds), views, strict=True):
             height, width = image.shape[-2:]
-            self.show(Region(image), self.box(height, width, u), u, view)
+            self.show(Region(image.permute(1, 2, 0).numpy()), self.box(height, width, u), u, view)
         self.paint(views, seeds)
         return views
 
@@ -94,13 +94,12 @@ class Transform:
         image = _centre(resampled(region, box, recipe.interpolation), self.size)
         if recipe.pad:
             image = _shift(image, u[4], u[5], recipe.pad)
-        pixels = image.numpy()
         if recipe.flip and u[6] < 0.5:
-            pixels = pixels[..., ::-1]
+            image = image[:, ::-1]
         if recipe.rotate or recipe.zoom:
             angle, zoom = recipe.rotate * (2 * u[7] - 1), (1 + recipe.zoom) ** (2 * u[8] - 1)
-            pixels = _turn(torch.from_numpy(pixels.copy()), angle, zoom).numpy()
-        np.copyto(view.numpy(), pixels)  # flips in the same pass, which torch's copy cannot
+            image = _turn(image, angle, zoom)
+        np.copyto(view.numpy(), image.transpose(2, 0, 1))  # flips in the same pass, which torch's copy cannot
 
     def paint(self, views: Tensor, seeds: Tensor) -> None:
         """B C H W, in place: RandAugment, colours, blur, solarisation, erasing."""
@@ -145,37 +144,36 @@ def _crop(height: int, width: int, u: Sequence[float], recipe: ViewRecipe, size:
     return Box(int(u[2] * (height - h + 1)), int(u[3] * (width - w + 1)), h, w, size, size)
 
 
-def resampled(region: Region, box: Box, interpolation: str) -> Tensor:
-    """The box of a region, C rows columns, antialiased."""
+def resampled(region: Region, box: Box, interpolation: str) -> np.ndarray:
+    """The box of a region, rows columns C, antialiased."""
     if region.scale > 1:
         return _from_scaled(region, box, interpolation)
     top, left = box.top - region.top, box.left - region.left
-    part = region.pixels[:, top : top + box.height, left : left + box.width]
+    part = region.pixels[top : top + box.height, left : left + box.width]
     if (box.height, box.width) == (box.rows, box.columns):
         return part
     if not _native():
         return _by_torchvision(part, box, interpolation)
-    out: Tensor = OPERATIONS[interpolation](_packed(part), [box.rows, box.columns], False)[0]
+    return _by_torch(part, [box.rows, box.columns], interpolation)
+
+
+def _by_torch(part: np.ndarray, sizes: list[int], interpolation: str, *scales: float) -> np.ndarray:
+    """Colours side by side take it 2/3 of the time where the pixels are contiguous."""
+    packed = torch.from_numpy(np.ascontiguousarray(part)[None].transpose(0, 3, 1, 2))
+    out: np.ndarray = OPERATIONS[interpolation](packed, sizes, False, *scales).numpy()[0].transpose(1, 2, 0)
     return out
 
 
-def _packed(part: Tensor) -> Tensor:
-    """1 C H W. Colours side by side, as decoders write them, take torch 2/3 of the time if contiguous."""
-    if part.stride(0) != 1:
-        return part[None]
-    return torch.from_numpy(np.ascontiguousarray(part.permute(1, 2, 0).numpy()))[None].permute(0, 3, 1, 2)
-
-
-def _by_torchvision(part: Tensor, box: Box, interpolation: str) -> Tensor:
+def _by_torchvision(part: np.ndarray, box: Box, interpolation: str) -> np.ndarray:
     from torchvision.transforms.v2 import InterpolationMode
     from torchvision.transforms.v2 import functional as F
 
-    how = InterpolationMode(interpolation)
-    out: Tensor = F.resize(part, [box.rows, box.columns], interpolation=how, antialias=True)
-    return out
+    how, colours_first = InterpolationMode(interpolation), torch.from_numpy(part).permute(2, 0, 1)
+    out: Tensor = F.resize(colours_first, [box.rows, box.columns], interpolation=how, antialias=True)
+    return out.permute(1, 2, 0).numpy()
 
 
-def _from_scaled(region: Region, box: Box, interpolation: str) -> Tensor:
+def _from_scaled(region: Region, box: Box, interpolation: str) -> np.ndarray:
     """The box begins inside of a pixel that stands for several, but torch's operation where its input does.
 
     So it begins before the box, where a pixel of the view and one of the region have their borders together.
@@ -189,14 +187,12 @@ def _from_scaled(region: Region, box: Box, interpolation: str) -> Tensor:
     if above < 0 or before < 0:
         y, x = math.floor(top), math.floor(left)
         part, edges = (
-            region.pixels[:, y:bottom, x:right],
+            region.pixels[y:bottom, x:right],
             (left - x, top - y, left + width - x, top + height - y),
         )
         return _by_pillow(part, edges, box, interpolation)
-    part, sizes = _packed(region.pixels[:, y:bottom, x:right]), [above + box.rows, before + box.columns]
-    scales = box.rows / height, box.columns / width
-    out: Tensor = OPERATIONS[interpolation](part, sizes, False, *scales)[0]
-    return out[:, above:, before:]
+    part, sizes = region.pixels[y:bottom, x:right], [above + box.rows, before + box.columns]
+    return _by_torch(part, sizes, interpolation, box.rows / height, box.columns / width)[above:, before:]
 
 
 def _start(first: float, step: float) -> tuple[int, int]:
@@ -210,12 +206,11 @@ def _start(first: float, step: float) -> tuple[int, int]:
     return (round(starts[n]), n) if apart[n] <= NEAR else (0, -1)
 
 
-def _by_pillow(part: Tensor, edges: Edges, box: Box, interpolation: str) -> Tensor:
+def _by_pillow(part: np.ndarray, edges: Edges, box: Box, interpolation: str) -> np.ndarray:
     """What lies between the edges."""
-    pixels = np.ascontiguousarray(part.permute(1, 2, 0).numpy())
-    image = Image.fromarray(pixels[..., 0] if len(part) == 1 else pixels)
+    image = Image.fromarray(part[..., 0] if part.shape[2] == 1 else part)
     scaled = image.resize((box.columns, box.rows), Image.Resampling[interpolation.upper()], edges)
-    return torch.from_numpy(np.array(scaled).reshape(box.rows, box.columns, -1)).permute(2, 0, 1)
+    return np.array(scaled).reshape(box.rows, box.columns, -1)
 
 
 @functools.cache
@@ -224,28 +219,29 @@ def _native() -> bool:
     return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
-def _centre(image: Tensor, size: int) -> Tensor:
-    top, left = (round((side - size) / 2) for side in image.shape[-2:])
-    return image[:, top : top + size, left : left + size]
+def _centre(image: np.ndarray, size: int) -> np.ndarray:
+    height, width = image.shape[:2]
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    return image[top : top + size, left : left + size]
 
 
-def _shift(image: Tensor, u: float, v: float, pad: int) -> Tensor:
+def _shift(image: np.ndarray, u: float, v: float, pad: int) -> np.ndarray:
     """The crop at a random place of the image with `pad` zeros on every side."""
-    height, width = image.shape[-2:]
-    padded = image.new_zeros((image.shape[0], height + 2 * pad, width + 2 * pad))
-    padded[:, pad : pad + height, pad : pad + width] = image
+    height, width = image.shape[:2]
+    padded = np.zeros((height + 2 * pad, width + 2 * pad, image.shape[2]), np.uint8)
+    padded[pad : pad + height, pad : pad + width] = image
     top, left = int(u * (2 * pad + 1)), int(v * (2 * pad + 1))
-    return padded[:, top : top + height, left : left + width]
+    return padded[top : top + height, left : left + width]
 
 
-def _turn(image: Tensor, degrees: float, scale: float) -> Tensor:
+def _turn(image: np.ndarray, degrees: float, scale: float) -> np.ndarray:
     """Rotation and zoom about the centre in one resampling, zeros move in."""
     from torchvision.transforms.v2 import InterpolationMode
     from torchvision.transforms.v2 import functional as F
 
-    bilinear = InterpolationMode.BILINEAR
-    turned: Tensor = F.affine(image, degrees, [0, 0], scale, [0.0, 0.0], interpolation=bilinear)
-    return turned
+    bilinear, colours_first = InterpolationMode.BILINEAR, torch.from_numpy(image.transpose(2, 0, 1).copy())
+    turned: Tensor = F.affine(colours_first, degrees, [0, 0], scale, [0.0, 0.0], interpolation=bilinear)
+    return turned.permute(1, 2, 0).numpy()
 
 
 # ---------------------------------------------------------------- what: RandAugment, colours, erasing

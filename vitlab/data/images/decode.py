@@ -21,7 +21,7 @@ of rounded colours cut to 0..255: 59 dB apart, at least 47.
 A broken file becomes `BadInputError` and nothing else, whatever the decoders raise. What libjpeg can mend (a
 few broken bytes in the middle) passes as it does with Pillow; a file that ends early does not.
 
-Letters: C channels, H W image.
+Letters: C channels, H W image. Pixels are arrays H W C of bytes, as decoders write them.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import io
 import struct
 import threading
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,7 +70,7 @@ class Region(NamedTuple):
     `top` and `left` are where the first begins, in pixels of the image (below 0 where it overlaps the edge).
     """
 
-    pixels: Tensor  # C h w, uint8
+    pixels: np.ndarray  # h w C, uint8
     top: int = 0
     left: int = 0
     scale: int = 1
@@ -78,9 +79,9 @@ class Region(NamedTuple):
 class Picture:
     """An image that was decoded whole. Its size is that of the upright image."""
 
-    def __init__(self, pixels: Tensor) -> None:
+    def __init__(self, pixels: np.ndarray) -> None:
         self.pixels = pixels
-        self.height, self.width = pixels.shape[-2:]
+        self.height, self.width = pixels.shape[:2]
 
     def region(self, *boxes: Box) -> Region:
         """What serves all these boxes."""
@@ -100,7 +101,8 @@ def decode(data: bytes, channels: int, max_pixels: int = MAX_PIXELS) -> Tensor:
     """The bytes of an image file → uint8 C H W: the whole image, upright."""
     picture = open_picture(data, channels, max_pixels)
     _check_size(picture.height, picture.width, max_pixels)
-    return picture.region(Box(0, 0, picture.height, picture.width, picture.height, picture.width)).pixels
+    whole = picture.region(Box(0, 0, picture.height, picture.width, picture.height, picture.width))
+    return torch.from_numpy(whole.pixels).permute(2, 0, 1)
 
 
 # ---------------------------------------------------------------- JPEG
@@ -122,25 +124,30 @@ class JpegPicture(Picture):
         _check_size(-(-self.height // least), -(-self.width // least), max_pixels)
 
     def region(self, *boxes: Box) -> Region:
+        scale = min([_scale(box) for box in boxes])
+        bottom = max([box.top + box.height for box in boxes])
+        if self.header.orientation != 1:
+            return self._turned(boxes, bottom, scale)
+        pixels, scale = self._decode(bottom, scale)
+        return Region(pixels, 0, 0, scale)
+
+    def _turned(self, boxes: Sequence[Box], bottom: int, scale: int) -> Region:
+        """Upright, and no more than the boxes: the rest need not be copied."""
         top, left = min(box.top for box in boxes), min(box.left for box in boxes)
-        bottom = max(box.top + box.height for box in boxes)
         right = max(box.left + box.width for box in boxes)
-        scale = min(map(_scale, boxes))
         turned, upside_down, mirrored = TURNS[self.header.orientation]
         if turned:
             last = self.width - left if mirrored else right
         else:
             last = self.height - top if upside_down else bottom
         pixels, scale = self._decode(last, scale)
-        if self.header.orientation == 1:
-            return Region(torch.from_numpy(pixels).permute(2, 0, 1), 0, 0, scale)
         pixels = pixels.swapaxes(0, 1) if turned else pixels
         pixels = pixels[:: -1 if upside_down else 1, :: -1 if mirrored else 1]
         first_row = self.height - len(pixels) * scale if upside_down else 0
         first_column = self.width - pixels.shape[1] * scale if mirrored else 0
         rows = slice((top - first_row) // scale, -((first_row - bottom) // scale))
         columns = slice((left - first_column) // scale, -((first_column - right) // scale))
-        part = torch.from_numpy(np.ascontiguousarray(pixels[rows, columns])).permute(2, 0, 1)
+        part = np.ascontiguousarray(pixels[rows, columns])
         return Region(part, first_row + rows.start * scale, first_column + columns.start * scale, scale)
 
     def _decode(self, last: int, scale: int) -> tuple[np.ndarray, int]:
@@ -212,8 +219,8 @@ _quiet = _Quiet()
 _TURNED = (b"Exif", b"eXIf", b"exif", b"tiff:Orientation", b"II*\0", b"MM\0*")  # one stands in what is
 
 
-def _by_pillow(data: bytes, channels: int, max_pixels: int) -> Tensor:
-    """C H W, upright: the first picture of the file."""
+def _by_pillow(data: bytes, channels: int, max_pixels: int) -> np.ndarray:
+    """H W C, upright: the first picture of the file."""
     with _quiet:
         try:
             image: Any = _opened(data)
@@ -227,8 +234,7 @@ def _by_pillow(data: bytes, channels: int, max_pixels: int) -> Tensor:
             raise
         except Exception as error:
             raise _broken(error) from error
-    tensor = torch.from_numpy(pixels)
-    return tensor[None] if channels == 1 else tensor.permute(2, 0, 1)
+    return pixels[..., None] if channels == 1 else pixels
 
 
 _MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"BM", b"GIF8", b"II*\0", b"MM\0*")

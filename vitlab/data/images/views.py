@@ -10,7 +10,7 @@ Letters: B samples, C channels, H W image.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
@@ -20,18 +20,23 @@ from vitlab.data.images.decode import MAX_PIXELS, open_picture
 
 
 def make_views(
-    files: Sequence[bytes | None],
+    files: Iterable[bytes | None],
     seeds: Tensor,
     transforms: Sequence[Transform],
     channels: int,
     max_pixels: int = MAX_PIXELS,
 ) -> tuple[list[Tensor], list[BadInputError | None]]:
-    """B files and their seeds → for each transform uint8 B C H W, and what was wrong with each file."""
-    views = [transform.room(len(files), channels) for transform in transforms]
+    """B files and their seeds → for each transform uint8 B C H W, and what was wrong with each file.
+
+    The files are taken one by one: one that is read when it is asked for need not lie in memory with others.
+    """
+    views = [transform.room(len(seeds), channels) for transform in transforms]
     numbers = [transform.numbers(seeds) for transform in transforms]
-    bad: list[BadInputError | None] = [None] * len(files)
+    bad: list[BadInputError | None] = [None] * len(seeds)
+    empty: list[int] = []
     for i, data in enumerate(files):
         if data is None:
+            empty.append(i)
             continue
         try:
             picture = open_picture(data, channels, max_pixels)
@@ -41,13 +46,11 @@ def make_views(
             ]
             region = picture.region(*boxes)
         except BadInputError as error:
-            bad[i] = BadInputError(
-                error.kind, error.reason
-            )  # anew: the other holds the file by its traceback
+            bad[i] = BadInputError(error.kind, error.reason)  # anew: the other holds the file
+            empty.append(i)
             continue
         for transform, drawn, box, view in zip(transforms, numbers, boxes, views, strict=True):
             transform.show(region, box, drawn[i], view[i])
-    empty = [i for i, data in enumerate(files) if data is None or bad[i] is not None]
     for transform, view in zip(transforms, views, strict=True):
         transform.paint(view, seeds)
         view[empty] = 0  # after the painting, which does not know them

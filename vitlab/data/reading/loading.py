@@ -89,10 +89,10 @@ class Micros(Dataset[Any]):
             self.reader = Reader(self.shards, self.split)
             self.transforms = [recipe.transform() for recipe in self.recipes]
         seeds = torch.from_numpy(sample_seeds(self.seed, request.epoch, request.positions))
-        raws = [EMPTY if number < 0 else self.reader.read(number) for number in request.samples.tolist()]
-        self.reader.release()
-        files = [raw.data for raw in raws]
+        raws: list[Stored] = []
+        files = _read(self.reader, request.samples.tolist(), raws)
         views, wrong = make_views(files, seeds, self.transforms, *self.shape)
+        self.reader.release()
         bad = [_named(raw, error) for raw, error in zip(raws, wrong, strict=True)]
         real = [raw.data is not None and error is None for raw, error in zip(raws, wrong, strict=True)]
         labels = [raw.label if there else NO_LABEL for raw, there in zip(raws, real, strict=True)]
@@ -104,6 +104,14 @@ class Micros(Dataset[Any]):
             [raw.key for raw in raws],
             [one for one in bad if one is not None],
         )
+
+
+def _read(reader: Reader, numbers: list[int], seen: list[Stored]) -> Iterator[bytes | None]:
+    """One file after another, still in the processor's cache when it is decoded. `seen` keeps no file."""
+    for number in numbers:
+        raw = EMPTY if number < 0 else reader.read(number)
+        seen.append(raw if raw.data is None else raw._replace(data=b""))
+        yield raw.data
 
 
 def _named(raw: Stored, error: Any) -> Bad | None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable
+from itertools import accumulate
 from typing import NamedTuple
-
-import numpy as np
 
 from vitlab.batch import Bad
 from vitlab.data.bad import BadInputError
@@ -35,9 +35,9 @@ class _Open(NamedTuple):
     fd: int | None  # -1: there is no such file; None: to be opened
 
 
-def _close(tar: _Open) -> None:
+def _close(tar: _Open, close: Callable[[int], None] = os.close) -> None:  # held: modules go at an exit
     if tar.fd is not None and tar.fd >= 0:
-        os.close(tar.fd)
+        close(tar.fd)
 
 
 class Reader:
@@ -45,7 +45,7 @@ class Reader:
 
     def __init__(self, shards: Shards, split: str) -> None:
         self.tars = shards.tars(split)
-        self.ends = np.cumsum([tar.info.count for tar in self.tars])
+        self.ends = list(accumulate(tar.info.count for tar in self.tars))
         self.open: OrderedDict[int, _Open] = OrderedDict()
 
     def __del__(self, close: Callable[[_Open], None] = _close) -> None:  # held: names go at an exit
@@ -54,9 +54,9 @@ class Reader:
 
     def read(self, number: int) -> Stored:
         """Any problem of this sample alone comes back in `Stored.bad`."""
-        shard = int(np.searchsorted(self.ends, number, side="right"))
+        shard = bisect_right(self.ends, number)
         tar = self.tars[shard]
-        row = number - (int(self.ends[shard]) - tar.info.count)
+        row = number - (self.ends[shard] - tar.info.count)
         columns, fd = self._opened(shard)
         key, label, file = columns.keys[row], columns.labels[row], tar.name
         try:

@@ -113,11 +113,11 @@ class _Reading:
 
 
 def _watch(futures: list[Future[Examined]], reading: _Reading) -> None:
-    while not all(future.done() for future in futures):
-        wait(futures, LOOK, FIRST_EXCEPTION)
-        for future in futures:
-            if future.done():
-                future.result()  # raises what it has met
+    pending = set(futures)
+    while pending:
+        done, pending = wait(pending, LOOK, FIRST_EXCEPTION)
+        for future in done:
+            future.result()  # raises what it has met
         reading.show()
 
 
