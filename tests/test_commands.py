@@ -130,6 +130,26 @@ def test_flags_of_another_word(words: tuple[str, ...], flag: str, tmp_path: Path
     assert not (tmp_path / "there").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("folder:/none.max_bad.d",), "SOURCE: /none.max_bad.d: no such directory"),
+        (("digits", "--held-out", "0.5", "--val", "0.6"), "--held-out + --val: given 0.5 + 0.6"),
+        (("digits", "--quality", "0"), "--quality: given 0"),
+        (("digits", "--workers", "-1"), "--workers: given -1"),
+        (("digits", "--max-pixels", "9"), "--max-pixels allows 9 in all"),
+        (("digits", "--max-pixels", "9"), "--max-bad allows 0.10%"),
+    ],
+)
+def test_settings_are_called_as_flags(
+    words: tuple[str, ...], message: str, tmp_path: Path, vitlab: Said
+) -> None:
+    code, said = vitlab("shards", words[0], tmp_path / "there", *words[1:])
+    assert code == 2
+    assert message in said
+    assert said.count("\n") == 1
+
+
 # ---------------------------------------------------------------- stats
 
 

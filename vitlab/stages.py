@@ -128,7 +128,7 @@ class Run:
         if config == self.experiment.data:
             check_shards(self.experiment, shards, evaluates=self.pipeline != "notebook")
             self.images = shards
-        self.face.print(f"  data: {shards.counted} images of {len(shards.classes)} classes in {shards.where}")
+        self.face.print(f"  data: {shards.described}")
         log_data(self.store, self.run_id, shards, self.home / "pictures")
         return shards
 

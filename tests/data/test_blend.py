@@ -247,6 +247,17 @@ def test_classes_are_united_by_name() -> None:
     assert sets_of(CATS) == (CATS,)
 
 
+def test_sets_that_share_no_class_are_told() -> None:
+    birds, bare = made("birds", ["wren"], train=[7]), made("bare", [], train=[9])
+    assert (
+        blend([CATS, DOGS], [1, 1]).described
+        == "90 train, 4 val, 5 held_out images of 4 classes in cats + dogs"
+    )
+    assert blend([CATS, bare], [1, 1]).described.endswith("images of 2 classes in cats + bare")
+    told = "images of 3 classes in cats + birds; no two of the sets share a class"
+    assert blend([CATS, birds], [1, 1]).described.endswith(told)
+
+
 def test_samples_are_numbered_as_tars_are() -> None:
     """The order's numbers run through `tars`, set after set."""
     both = blend([CATS, DOGS], [1, 3])

@@ -185,10 +185,14 @@ def test_hugging_face_stream_of_pixels_with_numbers(tmp_path: Path) -> None:
     assert write_shards(found, tmp_path / "s", WriteOptions(held_out=0.0, val=0.0)).classes == list("01234")
 
 
-def test_hugging_face_directory(tmp_path: Path) -> None:
+def test_hugging_face_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     datasets.DatasetDict({"train": table(), "test": table(6)}).save_to_disk(tmp_path / "saved")
     assert open_source(f"hf:{tmp_path / 'saved'}:test").total == 6
+    assert open_source(f"hf:{tmp_path / 'saved'}:train").total == 20
+    capsys.readouterr()
     assert open_source(f"hf:{tmp_path / 'saved'}").total == 20
+    name = f"hf:{tmp_path / 'saved'}"
+    assert capsys.readouterr().out == f"  {name}: its split train is read; beside it there is {name}:test\n"
     with pytest.raises(UserError, match=r"no split 'tests'; there are: train, test; did you mean 'test'"):
         open_source(f"hf:{tmp_path / 'saved'}:tests")
     with pytest.raises(UserError, match="cannot be loaded") as caught:

@@ -8,12 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from vitlab.commands import inspecting
+from vitlab.config import UserError
 
 EXAMPLES = """for example:
   vitlab shards folder:/data/flowers /data/flowers-shards --held-out 0.2
   vitlab shards index /data/my-tars
   vitlab shards verify /data/flowers-shards --json verified.json
   vitlab shards stats /data/flowers-shards --picture flowers.png"""
+SETTING = re.compile(  # one of an experiment's, in a message; not a part of a file's name
+    r"(?<![\w./-])(?:data\.(source)|(?:data\.)?"
+    r"(held_out|shard_samples|shard_bytes|max_bad|max_pixels|write_workers|image_column|label_column)"
+    r"|(val|resize|quality)(?=:))(?![\w/-])"
+)
 
 
 def add(commands: Any) -> None:
@@ -45,6 +51,7 @@ def _add_writing(group: Any) -> None:
     group.add_argument("--resize", type=int, metavar="N", help="make larger images smaller: shorter side")
     group.add_argument("--quality", type=int, metavar="Q", help="every image becomes a JPEG of this quality")
     group.add_argument("--max-bad", type=float, metavar="F", help="fraction of bad images to skip (0.001)")
+    group.add_argument("--max-pixels", type=int, metavar="N", help="the most of one image (100000000)")
     group.add_argument("--workers", type=int, metavar="N", help="threads (one a core, at most 16)")
     group.add_argument("--image-column", metavar="NAME", help="of csv:, npy:, hf:, where it is not plain")
     group.add_argument("--label-column", metavar="NAME", help="of csv:, npy:, hf:, where it is not plain")
@@ -72,11 +79,20 @@ def act(given: argparse.Namespace) -> None:
     elif given.source == "stats":
         inspecting.stats(given)
     else:
-        _write(given)
+        try:
+            _write(given)
+        except UserError as error:
+            raise UserError(SETTING.sub(_flag, str(error))) from error
+
+
+def _flag(found: re.Match[str]) -> str:
+    """What a setting is called here."""
+    name = found[2] or found[3]
+    return "SOURCE" if found[1] else "--workers" if name == "write_workers" else f"--{name.replace('_', '-')}"
 
 
 def _write(given: argparse.Namespace) -> None:
-    from vitlab.config import UserError, build
+    from vitlab.config import build
     from vitlab.data import WriteOptions, index_existing, limited, open_source, write_shards
     from vitlab.data.stores.remote import shown
     from vitlab.face import Face

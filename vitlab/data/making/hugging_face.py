@@ -17,6 +17,7 @@ from vitlab.data.bad import BadInputError
 from vitlab.data.making.progress import shown
 from vitlab.data.making.sources import IMAGE_NAMES, LABEL_NAMES, Raw, Source, column, png
 from vitlab.data.shards.tars import NO_LABEL
+from vitlab.face import Face
 
 
 def load_hugging_face(name: str, streaming: bool = False) -> Any:
@@ -41,6 +42,9 @@ def load_hugging_face(name: str, streaming: bool = False) -> Any:
             raise UserError(
                 f"data.source: hf:{name}: no split '{split or 'train'}'; there are: {', '.join(found)}{near}"
             )
+        others = [f"hf:{name}:{one}" for one in found if one != "train"]
+        if others and not split:
+            Face().print(f"  hf:{name}: its split train is read; beside it there is {', '.join(others)}")
         found = found[split or "train"]
     if streaming and isinstance(found, datasets.Dataset):
         found = found.to_iterable_dataset()

@@ -173,6 +173,14 @@ class Blend(Shards):
         return " + ".join(part.where for part in self.parts)
 
     @property
+    def described(self) -> str:
+        """Sets that have no class in common may well be meant to: one word for each, or a slip."""
+        counts = [len(part.classes) for part in self.parts if part.classes]
+        if len(counts) < 2 or sum(counts) > len(self.classes):
+            return super().described
+        return f"{super().described}; no two of the sets share a class"
+
+    @property
     def content(self) -> str:
         parts = [part.content for part in self.parts]
         return digest({"format": FORMAT, "parts": parts, "weights": list(self.weights)})

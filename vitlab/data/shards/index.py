@@ -89,6 +89,11 @@ class Shards:
     def counted(self) -> str:
         return ", ".join(f"{self.count(split)} {split}" for split in self.splits)
 
+    @property
+    def described(self) -> str:
+        """A line for people."""
+        return f"{self.counted} images of {len(self.classes)} classes in {self.where}"
+
     def tars(self, split: str) -> list[Tar]:
         """Every tar of a split, with what reading it takes."""
         return [Tar(self, info) for info in self.split(split)]
