@@ -10,7 +10,7 @@ demo: install
 	$(BIN)/python pipelines/mae_then_finetune.py $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 $(ARGS)
 
 check: install
 	$(BIN)/ruff format --check .

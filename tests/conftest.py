@@ -5,9 +5,10 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from vitlab.environment import set_for_torch
 
@@ -24,6 +25,28 @@ def pytest_configure() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+ROOMS = ("integration", "engine")  # each shares one head of Ray, or one launch of workers; they take longest
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where several processes test (`-n`), what takes longest begins first."""
+    if hasattr(config, "workerinput"):
+        order = {room: place for place, room in enumerate(ROOMS)}
+        items.sort(key=lambda item: order.get(item.path.parent.name, len(ROOMS)))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """A file stays in one process, for what its tests share; so does a room of `ROOMS`."""
+
+    class Rooms(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return next((room for room in ROOMS if f"/{room}/" in file), file)
+
+    config.option.loadscopereorder = False
+    return Rooms(config, log)
 
 
 @pytest.fixture(scope="session")
