@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
-from typing import Self
+from typing import ClassVar, Self
 
 Rule = Callable[[int, str], str]  # number of the GET from 1, and name → what is done
 
@@ -32,7 +32,7 @@ class Server:
         self.total = 0
         self.wake = threading.Event()
         self.lock, self.over = threading.Lock(), threading.Event()
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"site": self}))
         self.http.daemon_threads = True
         self.http.block_on_close = False
         self.thread = threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True)
@@ -65,95 +65,93 @@ class Server:
             self.close()
 
 
-def _handler(server: Server) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+class _Handler(BaseHTTPRequestHandler):
+    site: ClassVar[Server]
+    protocol_version = "HTTP/1.1"
 
-        def log_message(self, *args: object) -> None:
-            pass
+    def log_message(self, *args: object) -> None:
+        pass
 
-        def do_HEAD(self) -> None:
-            self._begin(self._name())
+    def do_HEAD(self) -> None:
+        self._begin(self._name())
 
-        def do_PUT(self) -> None:
-            assert self.headers["Transfer-Encoding"] == "chunked"
-            body = b""
-            while size := int(self.rfile.readline(), 16):
-                body += self.rfile.read(size)
-                self.rfile.readline()
+    def do_PUT(self) -> None:
+        assert self.headers["Transfer-Encoding"] == "chunked"
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
             self.rfile.readline()
-            if "/" in self._name():
-                self._refuse(404)
-                return
-            server.files[self._name()] = body
-            self.send_response(201)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+        self.rfile.readline()
+        if "/" in self._name():
+            self._refuse(404)
+            return
+        self.site.files[self._name()] = body
+        self.send_response(201)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
-        def do_GET(self) -> None:
-            name = self._name()
-            done = server.rule(server.count(name), name)
-            if done == "silent":
-                server.over.wait()
-                self.close_connection = True
-            elif done.isdigit():
-                self._refuse(int(done))
-            elif (body := self._begin(name)) is not None:
-                self._send(body, done)
+    def do_GET(self) -> None:
+        name = self._name()
+        done = self.site.rule(self.site.count(name), name)
+        if done == "silent":
+            self.site.over.wait()
+            self.close_connection = True
+        elif done.isdigit():
+            self._refuse(int(done))
+        elif (body := self._begin(name)) is not None:
+            self._send(body, done)
 
-        def _name(self) -> str:
-            return self.path.partition("?")[0].removeprefix("/shards/")
+    def _name(self) -> str:
+        return self.path.partition("?")[0].removeprefix("/shards/")
 
-        def _refuse(self, status: int) -> None:
-            self.send_response(status)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+    def _refuse(self, status: int) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
-        def _begin(self, name: str) -> bytes | None:
-            body = server.files.get(name)
-            if body is None:
-                self._refuse(404)
-                return None
-            part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-            if part:
-                first, last = int(part[1]), int(part[2] or len(body) - 1)
-                total, body = len(body), body[first : last + 1]
-                self.send_response(206)
-                self.send_header("Content-Range", f"bytes {first}-{first + len(body) - 1}/{total}")
-            else:
-                self.send_response(200)
-            self.send_header("Accept-Ranges", "bytes")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            return body
+    def _begin(self, name: str) -> bytes | None:
+        body = self.site.files.get(name)
+        if body is None:
+            self._refuse(404)
+            return None
+        part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if part:
+            first, last = int(part[1]), int(part[2] or len(body) - 1)
+            total, body = len(body), body[first : last + 1]
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {first}-{first + len(body) - 1}/{total}")
+        else:
+            self.send_response(200)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        return body
 
-        def _send(self, body: bytes, how: str) -> None:
-            half = len(body) // 2
-            if how == "wrong":
-                self.wfile.write(bytes(255 - byte for byte in body))
-            elif how == "slow":
-                tenth = -(-len(body) // 10)
-                for start in range(0, len(body), tenth):
-                    self.wfile.write(body[start : start + tenth])
-                    server.over.wait(0.1)
-            elif how == "late":
-                self.wfile.write(body[:half])
-                server.wake.wait()
-                self.wfile.write(bytes(len(body) - half))
-            elif how in ("drop", "stuck"):
-                self.wfile.write(body[:half])
-                if how == "stuck":
-                    server.over.wait()
-                self.close_connection = True
-                self.connection.shutdown(socket.SHUT_RDWR)
-            else:
-                assert how == "well", how
-                self.wfile.write(body)
+    def _send(self, body: bytes, how: str) -> None:
+        half = len(body) // 2
+        if how == "wrong":
+            self.wfile.write(bytes(255 - byte for byte in body))
+        elif how == "slow":
+            tenth = -(-len(body) // 10)
+            for start in range(0, len(body), tenth):
+                self.wfile.write(body[start : start + tenth])
+                self.site.over.wait(0.1)
+        elif how == "late":
+            self.wfile.write(body[:half])
+            self.site.wake.wait()
+            self.wfile.write(bytes(len(body) - half))
+        elif how in ("drop", "stuck"):
+            self.wfile.write(body[:half])
+            if how == "stuck":
+                self.site.over.wait()
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+        else:
+            assert how == "well", how
+            self.wfile.write(body)
 
-        def handle(self) -> None:
-            try:
-                super().handle()
-            except OSError:  # the client has gone; some tests want that
-                self.close_connection = True
-
-    return Handler
+    def handle(self) -> None:
+        try:
+            super().handle()
+        except OSError:  # the client has gone; some tests want that
+            self.close_connection = True
