@@ -107,7 +107,7 @@ class Micros(Dataset[Any]):
 
 
 def _read(reader: Reader, numbers: list[int], seen: list[Stored]) -> Iterator[bytes | None]:
-    """One file after another, still in the processor's cache when it is decoded. `seen` keeps no file."""
+    """One file after another: those of a batch never lie in memory together. `seen` keeps none."""
     for number in numbers:
         raw = EMPTY if number < 0 else reader.read(number)
         seen.append(raw if raw.data is None else raw._replace(data=b""))
